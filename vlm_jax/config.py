@@ -1,0 +1,398 @@
+"""The config of a run: one tree of frozen dataclasses, filled from plain data and checked.
+
+A config file is Python that returns an `ml_collections.ConfigDict` made by `default()` and changed in
+place, so that every field has a name the command line can override. `resolve` turns it back into the
+typed tree that the rest of the code reads, and refuses what it does not know.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+
+from vlm_jax.errors import ConfigError
+from vlm_jax.presets.connectors import Connector
+from vlm_jax.presets.decoders import Decoder
+from vlm_jax.presets.encoders import Encoder
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """The system: images -> encoder -> connector -> decoder -> text."""
+
+    encoder: Encoder
+    connector: Connector
+    decoder: Decoder
+
+    @property
+    def visual_tokens(self) -> int:
+        """Visual tokens per image, Q."""
+        perceiver = self.connector.kind == "perceiver"
+        if perceiver:
+            return self.connector.queries
+        return 1 if self.encoder.pool == "map" else self.encoder.patches
+
+
+@dataclasses.dataclass(frozen=True)
+class Augment:
+    """Random changes to training pictures; the defaults change nothing but the background.
+
+    Attributes:
+      background: how transparent pixels are filled in training: "white" or "random". Evaluation
+        always composites on white.
+      scale: smallest and largest zoom.
+      rotate: largest rotation, degrees.
+      shear: largest shear, degrees.
+      translate: largest shift, as a share of the side.
+      brightness, contrast, saturation, hue: largest relative changes (hue as a share of the circle).
+      grey: chance of a grey picture.
+      blur: largest radius of a Gaussian blur, pixels of the picture as the encoder sees it.
+      erase: chance that a random rectangle is painted over.
+      shade: strength of a random linear light gradient.
+    """
+
+    background: str = "white"
+    scale: tuple[float, float] = (1.0, 1.0)
+    rotate: float = 0.0
+    shear: float = 0.0
+    translate: float = 0.0
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
+    grey: float = 0.0
+    blur: float = 0.0
+    erase: float = 0.0
+    shade: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What the model is fed.
+
+    Attributes:
+      mixture: weight per source, e.g. {"emoji:caption": 3.0, "emoji:choice": 1.0}.
+      tokenizer: "embedded", or the path of a Hugging Face tokenizer.json.
+      template: name of a chat template, a row of `data.chat.TEMPLATES`.
+      attention: "causal", or "prefix" (prompt tokens, images among them, see each other).
+      images: False trains the same config without images (the text-only baseline).
+      rows: rows of the global batch, B.
+      tokens: text positions of a row, T.
+      images_per_row: image slots of a row, N.
+      text_tokens: tokens kept of an image's second text, S.
+      pool: documents the packer chooses from; more of them, less padding.
+      threads: threads that read, decode and augment.
+      bad_samples: share of bad samples, over a window of 10,000, that ends the run with code 65.
+      augment: random changes to training pictures.
+    """
+
+    mixture: Mapping[str, float]
+    tokenizer: str = "embedded"
+    template: str = "tiny"
+    attention: str = "causal"
+    images: bool = True
+    rows: int = 16
+    tokens: int = 256
+    images_per_row: int = 8
+    text_tokens: int = 16
+    pool: int = 64
+    threads: int = 2
+    bad_samples: float = 0.01
+    augment: Augment = Augment()
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """How the model is trained.
+
+    Attributes:
+      steps: optimizer steps.
+      lr: peak learning rate.
+      warmup_steps: linear warm-up from 0.
+      end_lr: where the cosine ends, as a share of `lr`.
+      weight_decay: of AdamW, decoupled, times the learning rate.
+      b1, b2, eps: of AdamW.
+      clip: largest global norm of the gradient; 0 = no clipping.
+      label_smoothing: share of the target spread over the vocabulary.
+      bag_of_words: weight of the auxiliary loss by which an image's mean visual token names the words
+        of that image's text.
+      ema: decay of the averaged weights that evaluation and export use; 0 = the last weights.
+      log_every: steps between lines of metrics.
+    """
+
+    steps: int = 1000
+    lr: float = 1e-3
+    warmup_steps: int = 100
+    end_lr: float = 0.0
+    weight_decay: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    clip: float = 1.0
+    label_smoothing: float = 0.0
+    bag_of_words: float = 0.0
+    ema: float = 0.0
+    log_every: int = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One row of the adaptation table: the first whose pattern matches a parameter's path holds.
+
+    Attributes:
+      pattern: regular expression, matched against the whole path.
+      mode: "full" trains, "frozen" does not.
+      lr: factor on the learning rate.
+      weight_decay: factor on the weight decay.
+    """
+
+    pattern: str
+    mode: str = "full"
+    lr: float = 1.0
+    weight_decay: float = 1.0
+
+
+# Norm scales and biases are not decayed; everything trains.
+FULL = (
+    Rule(r".*/(bias|scale)", weight_decay=0.0),
+    Rule(r".*"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """When the run is saved: every `every` steps (0 = only at the end), the last `keep` kept."""
+
+    every: int = 200
+    keep: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval:
+    """What is measured inside the run.
+
+    Attributes:
+      every: steps between held-out losses; 0 = only at the end.
+      splits: splits that are scored at the end; "validation" alone is used for choices.
+      kinds: kinds of examples that are scored.
+      examples: held-out examples per split and kind for the losses during the run.
+      final_examples: the same for the scores at the end; 0 = all.
+      rows: rows of an evaluation batch.
+      max_new_tokens: length limit of greedy answers.
+      text_only_steps: steps for the model of the same config without images; 0 = no such baseline.
+      text_only_every: steps between its validation losses; its best step is the baseline.
+    """
+
+    every: int = 200
+    splits: tuple[str, ...] = ("validation", "unseen_style", "unseen_concept")
+    kinds: tuple[str, ...] = ("caption",)
+    examples: int = 128
+    final_examples: int = 0
+    rows: int = 32
+    max_new_tokens: int = 16
+    text_only_steps: int = 0
+    text_only_every: int = 50
+
+
+@dataclasses.dataclass(frozen=True)
+class Parallel:
+    """Devices per mesh axis; -1 once = all that are left.
+
+    Attributes:
+      data: copies of the model, each on its share of the rows.
+      fsdp: parameters and rows are both spread over this axis.
+      tensor: heads, feed-forward width and vocabulary are spread over this axis.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    name: str
+    model: Model
+    data: Data
+    seed: int = 0
+    train: Train = Train()
+    adaptation: tuple[Rule, ...] = FULL
+    checkpoint: Checkpoint = Checkpoint()
+    eval: Eval = Eval()
+    parallel: Parallel = Parallel()
+
+
+def default(**fields) -> ml_collections.ConfigDict:
+    """A config with every field present, to be changed in place by a config file.
+
+    Args:
+      **fields: fields of `Config`; `name`, `model` and `data` have no default.
+    """
+    return ml_collections.ConfigDict(plain(Config(**fields)))
+
+
+def plain(config: Any) -> Any:
+    """Any part of a config as plain data: dicts, tuples, numbers and strings."""
+    if dataclasses.is_dataclass(config):
+        return {f.name: plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, Mapping):
+        return {key: plain(value) for key, value in config.items()}
+    if isinstance(config, (tuple, list)):
+        return tuple(plain(value) for value in config)
+    return config
+
+
+def resolve(config: Mapping[str, Any]) -> Config:
+    """The checked, typed form of a config.
+
+    Raises:
+      ConfigError: an unknown or missing key (naming the nearest known one), a value of the wrong
+        type, or values that contradict each other.
+    """
+    if isinstance(config, ml_collections.ConfigDict):
+        config = config.to_dict()
+    resolved = _typed(Config, config, "config")
+    check(resolved)
+    return resolved
+
+
+def _typed(kind: Any, value: Any, path: str) -> Any:
+    """`value` as the annotated type `kind`; `path` is named in errors."""
+    if dataclasses.is_dataclass(kind):
+        return _dataclass(kind, value, path)
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{path} is {value!r}; expected a list")
+        inner = arguments if Ellipsis not in arguments else (arguments[0],) * len(value)
+        if len(inner) != len(value):
+            raise ConfigError(f"{path} has {len(value)} values; expected {len(inner)}")
+        return tuple(
+            _typed(k, v, f"{path}[{i}]") for i, (k, v) in enumerate(zip(inner, value, strict=True))
+        )
+    if origin is not None and issubclass(origin, Mapping):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{path} is {value!r}; expected a dict")
+        return {str(k): _typed(arguments[1], v, f"{path}.{k}") for k, v in value.items()}
+    return _scalar(kind, value, path)
+
+
+def _dataclass(kind: type, value: Any, path: str) -> Any:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{path} is {value!r}; expected the fields of {kind.__name__}")
+    known = {field.name: field for field in dataclasses.fields(kind)}
+    for key in value:
+        if key not in known:
+            raise ConfigError(unknown_key(f"{path}.{key}", [f"{path}.{name}" for name in known]))
+    required = [
+        name
+        for name, field in known.items()
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    for name in required:
+        if name not in value:
+            raise ConfigError(f"{path}.{name} is missing; {kind.__name__} needs it")
+    hints = typing.get_type_hints(kind)
+    return kind(**{k: _typed(hints[k], v, f"{path}.{k}") for k, v in value.items()})
+
+
+def _scalar(kind: type, value: Any, path: str) -> Any:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if kind is float and whole:
+        return float(value)
+    if isinstance(kind, types.UnionType) or (
+        isinstance(value, kind) and (whole or kind is not int)
+    ):
+        return value
+    raise ConfigError(f"{path} is {value!r}; expected {kind.__name__}")
+
+
+def unknown_key(key: str, known: typing.Iterable[str]) -> str:
+    """The message for a key that no field answers to, naming the nearest known one."""
+    known = list(known)
+    # The last part carries the typo; comparing whole paths would prefer siblings of the same length.
+    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+    hint = f"; did you mean {nearest[0]}?" if nearest else ""
+    return f"unknown config key {key}{hint}"
+
+
+CHOICES = {
+    "model.encoder.stem": ("patch", "conv"),
+    "model.encoder.position": ("learned", "sincos2d"),
+    "model.encoder.activation": ("gelu_tanh", "gelu"),
+    "model.encoder.pool": ("none", "map"),
+    "model.connector.kind": ("linear", "mlp", "perceiver"),
+    "data.attention": ("causal", "prefix"),
+    "data.augment.background": ("white", "random"),
+    **{
+        f"model.{tower}.dtype": ("bfloat16", "float32")
+        for tower in ("encoder", "connector", "decoder")
+    },
+}
+
+
+def check(config: Config) -> None:
+    """Raises ConfigError where values contradict each other."""
+    for path, choices in CHOICES.items():
+        value = config
+        for name in path.split("."):
+            value = getattr(value, name)
+        if value not in choices:
+            raise ConfigError(f"config.{path} is {value!r}; expected one of {', '.join(choices)}")
+    encoder, decoder, data = config.model.encoder, config.model.decoder, config.data
+    _require(
+        encoder.image_size % encoder.patch == 0,
+        "model.encoder.image_size",
+        encoder.image_size,
+        f"a multiple of the patch size {encoder.patch}",
+    )
+    _require(
+        encoder.width % encoder.heads == 0,
+        "model.encoder.width",
+        encoder.width,
+        f"a multiple of its {encoder.heads} heads",
+    )
+    _require(
+        decoder.heads % decoder.kv_heads == 0,
+        "model.decoder.heads",
+        decoder.heads,
+        f"a multiple of its {decoder.kv_heads} key/value heads",
+    )
+    _require(
+        decoder.head_dim % 2 == 0,
+        "model.decoder.head_dim",
+        decoder.head_dim,
+        "an even number, for rotary positions",
+    )
+    _require(
+        any(weight > 0 for weight in data.mixture.values()),
+        "data.mixture",
+        dict(data.mixture),
+        "at least one source with a positive weight",
+    )
+    _require(
+        all(weight >= 0 for weight in data.mixture.values()),
+        "data.mixture",
+        dict(data.mixture),
+        "weights of at least 0",
+    )
+    for rule in config.adaptation:
+        _require(rule.mode in ("full", "frozen"), "adaptation", rule.mode, "full or frozen")
+    if data.images:
+        _require(
+            config.model.visual_tokens < data.tokens,
+            "data.tokens",
+            data.tokens,
+            f"room for an image's {config.model.visual_tokens} visual tokens and text",
+        )
+
+
+def _require(holds: bool, path: str, value: Any, expected: str) -> None:
+    if not holds:
+        raise ConfigError(f"config.{path} is {value!r}; expected {expected}")

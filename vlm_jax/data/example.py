@@ -1,0 +1,46 @@
+"""The Example: one training sample as every source yields it, whatever it was read from."""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageRef:
+    """Stands in a turn where an image does; `index` points into `Example.images`."""
+
+    index: int
+
+
+Part = str | ImageRef
+Image = bytes | os.PathLike  # encoded bytes, or a file that is read when the sample is decoded
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """What one role says: text and images in reading order."""
+
+    role: str  # "user" or "assistant"
+    parts: tuple[Part, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One sample: images as encoded bytes and turns that refer to them.
+
+    Attributes:
+      key: unique and stable, e.g. "emoji/caption/train/1F600-noto".
+      source: the name that metrics and counts use, e.g. "caption".
+      images: encoded images.
+      turns: the conversation, in order; assistant turns are what is learned.
+      image_texts: a text per image (a contrastive caption), or empty.
+      meta: facts that only evaluation uses (options, concept, flag), plain data.
+    """
+
+    key: str
+    source: str
+    images: tuple[Image, ...]
+    turns: tuple[Turn, ...]
+    image_texts: tuple[str, ...] = ()
+    meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
