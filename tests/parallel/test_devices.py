@@ -1,0 +1,47 @@
+"""Memory figures of devices."""
+
+import jax
+import pytest
+
+from vlm_jax.parallel import devices
+
+
+class Accelerator:
+    platform = "cpu"
+
+    def __init__(self, stats):
+        self.stats = stats
+
+    def memory_stats(self):
+        return self.stats
+
+
+def test_a_device_that_knows_its_limit_is_believed():
+    assert devices.memory([Accelerator({"bytes_limit": 10}), Accelerator({"bytes_limit": 7})]) == 7
+
+
+def test_simulated_devices_share_what_the_host_has(monkeypatch):
+    monkeypatch.setattr(devices, "host_memory", lambda: 8000)
+    assert devices.memory() == 8000 // len(jax.local_devices())
+
+
+def test_a_container_has_no_more_than_its_limit(monkeypatch, tmp_path):
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(devices, "CGROUP_LIMITS", (str(limit), str(tmp_path / "absent")))
+    limit.write_text("max\n")
+    free = devices.host_memory()
+    assert free > 12345
+    limit.write_text("12345\n")
+    assert devices.host_memory() == 12345
+
+
+@pytest.mark.parametrize(
+    ("asked", "hosts", "joins"),
+    [(False, "", False), (False, "one", False), (False, "one,two", True), (True, "", True)],
+)
+def test_hosts_are_joined_only_when_there_are_several(monkeypatch, asked, hosts, joins):
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda: calls.append(1))
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", hosts)
+    devices.start(asked)
+    assert bool(calls) == joins

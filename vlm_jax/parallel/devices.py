@@ -1,0 +1,60 @@
+"""What the devices of this machine offer, and joining the other hosts of a slice."""
+
+import os
+from pathlib import Path
+
+import jax
+
+# Linux control groups, versions 2 and 1: a container may have less than its machine.
+CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def start(multi_host: bool = False) -> None:
+    """Joins the other hosts of a run; call it before anything else touches jax.
+
+    Args:
+      multi_host: whether this process is one of several. Recognised without being asked where the
+        environment names several workers of a TPU slice (Cloud TPU on GKE sets
+        TPU_WORKER_HOSTNAMES). jax finds coordinator, count and id of the processes by itself on
+        TPU, GKE and Slurm, and elsewhere in JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+        JAX_PROCESS_ID.
+    """
+    slice_of_several = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    if multi_host or slice_of_several:
+        jax.distributed.initialize()
+
+
+def memory(devices: list[jax.Device] | None = None) -> int:
+    """Bytes that one of `devices` (default: this host's) can hold; the smallest of them.
+
+    Simulated CPU devices share what the host has left.
+    """
+    devices = jax.local_devices() if devices is None else devices
+    return min(_device_memory(device) for device in devices)
+
+
+def _device_memory(device: jax.Device) -> int:
+    stats = device.memory_stats() or {}
+    if "bytes_limit" in stats:
+        return int(stats["bytes_limit"])
+    return host_memory() // len(jax.local_devices(backend=device.platform))
+
+
+def host_memory() -> int:
+    """Bytes that this host, or the container around it, can still give."""
+    return min([_available(), *_cgroup_rooms()])
+
+
+def _available() -> int:
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        if "MemAvailable" in fields:
+            return int(fields["MemAvailable"].split()[0]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _cgroup_rooms() -> list[int]:
+    """Limits of the container; "max" and version 1's huge default mean there is none."""
+    texts = [Path(path).read_text().strip() for path in CGROUP_LIMITS if Path(path).exists()]
+    return [int(text) for text in texts if text.isdigit()]
