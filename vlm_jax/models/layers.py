@@ -1,0 +1,179 @@
+"""Layers that every tower is made of. Parameters are float32; computation is in the dtype asked for.
+
+Axes: D width, F feed-forward width, H heads, G key/value heads, K head dimension, L layers.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from vlm_jax.parallel.sharding import constrain
+
+ACTIVATIONS = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "silu": jax.nn.silu,
+}
+
+
+class Linear(nnx.Module):
+    """A matrix product over the last `len(inputs)` axes, as `x @ kernel + bias`.
+
+    `inputs` and `outputs` are shapes, so that a projection to heads is one layer. Kernels are drawn
+    xavier-uniform (big_vision) over the flattened shapes.
+    """
+
+    def __init__(self, inputs: tuple, outputs: tuple, *, bias: bool, rngs: nnx.Rngs):
+        fan_in, fan_out = math.prod(inputs), math.prod(outputs)
+        bound = math.sqrt(6 / (fan_in + fan_out))
+        shape = (*inputs, *outputs)
+        self.kernel = nnx.Param(jax.random.uniform(rngs(), shape, minval=-bound, maxval=bound))
+        self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
+        self.axes = len(inputs)
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        kernel = self.kernel[...].astype(x.dtype)
+        y = jnp.tensordot(x, kernel, axes=self.axes)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Layer normalisation with scale and bias, computed in float32."""
+
+    def __init__(self, width: int, eps: float):
+        self.scale = nnx.Param(jnp.ones(width))
+        self.bias = nnx.Param(jnp.zeros(width))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        y = x.astype(jnp.float32)
+        y = y - y.mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+        return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalisation with a scale, computed in float32."""
+
+    def __init__(self, width: int, eps: float):
+        self.scale = nnx.Param(jnp.ones(width))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+        return (y * self.scale[...]).astype(x.dtype)
+
+
+class Mlp(nnx.Module):
+    """The transformer's feed-forward part: `down(act(up(x)))`, or gated `down(act(gate(x)) * up(x))`."""
+
+    def __init__(self, width: int, hidden: int, activation: str, *, gated: bool, bias: bool, rngs):
+        self.gate = Linear((width,), (hidden,), bias=bias, rngs=rngs) if gated else None
+        self.up = Linear((width,), (hidden,), bias=bias, rngs=rngs)
+        self.down = Linear((hidden,), (width,), bias=bias, rngs=rngs)
+        self.activation = activation
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        act = ACTIVATIONS[self.activation]
+        hidden = act(self.up(x)) if self.gate is None else act(self.gate(x)) * self.up(x)
+        return self.down(constrain(hidden, "batch", None, "mlp"))
+
+
+class Attention(nnx.Module):
+    """Multi-head attention with grouped key/value heads; queries and context may differ."""
+
+    def __init__(self, width: int, heads: int, kv_heads: int, head_dim: int, *, bias: bool, rngs):
+        self.query = Linear((width,), (heads, head_dim), bias=bias, rngs=rngs)
+        self.key = Linear((width,), (kv_heads, head_dim), bias=bias, rngs=rngs)
+        self.value = Linear((width,), (kv_heads, head_dim), bias=bias, rngs=rngs)
+        self.out = Linear((heads, head_dim), (width,), bias=bias, rngs=rngs)
+
+    def project(
+        self, x: Float[Array, "B T D"], context: Float[Array, "B S D"]
+    ) -> tuple[Float[Array, "B T H K"], Float[Array, "B S G K"], Float[Array, "B S G K"]]:
+        """Queries of `x`, keys and values of `context`."""
+        query = constrain(self.query(x), "batch", None, "heads", None)
+        key = constrain(self.key(context), "batch", None, "kv_heads", None)
+        value = constrain(self.value(context), "batch", None, "kv_heads", None)
+        return query, key, value
+
+    def __call__(
+        self, x: Float[Array, "B T D"], context: Float[Array, "B S D"], mask=None
+    ) -> Float[Array, "B T D"]:
+        return self.out(attend(*self.project(x, context), mask))
+
+
+def attend(
+    query: Float[Array, "B T H K"],
+    key: Float[Array, "B S G K"],
+    value: Float[Array, "B S G K"],
+    mask: Bool[Array, "B 1 T S"] | None = None,
+) -> Float[Array, "B T H K"]:
+    """Scaled dot-product attention, softmax in float32; `mask` is True where a query may look."""
+    return jax.nn.dot_product_attention(query, key, value, mask=mask)
+
+
+def attention_weights(
+    query: Float[Array, "B T H K"], key: Float[Array, "B S G K"]
+) -> Float[Array, "B H T S"]:
+    """The weights that `attend` would use, for looking at."""
+    key = jnp.repeat(key, query.shape[2] // key.shape[2], axis=2)
+    scores = jnp.einsum("bthk,bshk->bhts", query, key, preferred_element_type=jnp.float32)
+    return jax.nn.softmax(scores / math.sqrt(query.shape[-1]), axis=-1)
+
+
+def rotate(
+    x: Float[Array, "B T H K"], positions: Int[Array, "B T"], theta: float
+) -> Float[Array, "B T H K"]:
+    """Rotary position embedding, halves rotated against each other (the Hugging Face layout)."""
+    half = x.shape[-1] // 2
+    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    sin, cos = jnp.sin(angles), jnp.cos(angles)
+    first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+
+
+def drop(
+    x: Float[Array, "..."], rate: float | Float[Array, ""], key: Array | None, per_row: bool = False
+) -> Float[Array, "..."]:
+    """Dropout of elements, or of whole rows (stochastic depth); the identity without a key."""
+    if key is None or (isinstance(rate, float) and rate == 0.0):
+        return x
+    shape = (x.shape[0],) + (1,) * (x.ndim - 1) if per_row else x.shape
+    kept = jax.random.bernoulli(key, 1.0 - rate, shape)
+    return jnp.where(kept, x / (1.0 - jnp.asarray(rate, x.dtype)), 0).astype(x.dtype)
+
+
+class Stack(nnx.Module):
+    """Equal blocks whose parameters are stacked on a first axis and run by one scan."""
+
+    def __init__(self, make: Callable[[nnx.Rngs], nnx.Module], layers: int, *, remat: bool, rngs):
+        self.blocks = nnx.vmap(make)(rngs.fork(split=layers))
+        self.layers = layers
+        self.remat = remat
+
+    def __call__(self, apply: Callable, carry, per_layer=None, key: Array | None = None):
+        """Runs `apply(block, carry, inputs, key) -> (carry, output)` over the layers.
+
+        Args:
+          apply: one block's step; the key is None in evaluation.
+          carry: what flows from block to block.
+          per_layer: a pytree whose leaves have the layers as first axis.
+          key: dropout's, split over the layers.
+        """
+        keys = None if key is None else jax.random.split(key, self.layers)
+
+        def step(carry, inputs):
+            block, rest, key = inputs
+            return apply(block, carry, rest, key)
+
+        # prevent_cse is only needed outside scan (jax.checkpoint's documentation).
+        step = jax.checkpoint(step, prevent_cse=False) if self.remat else step
+        return jax.lax.scan(step, carry, (self.blocks, per_layer, keys))

@@ -1,0 +1,70 @@
+"""The vision-language model: images -> encoder -> connector -> decoder, joined by one gather."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from vlm_jax.batch import Batch, Images
+from vlm_jax.models.connectors import CONNECTORS
+from vlm_jax.models.decoder import LanguageModel
+from vlm_jax.models.vit import Vit
+
+
+class VLM(nnx.Module):
+    """An encoder, a connector and a decoder with autoregressive fusion.
+
+    Args:
+      model: a `config.Model`, of which only the three presets are read.
+      rngs: where initial parameters are drawn from.
+    """
+
+    def __init__(self, model, rngs: nnx.Rngs):
+        connector = model.connector
+        self.encoder = Vit(model.encoder, rngs)
+        make = CONNECTORS[connector.kind]
+        self.connector = make(connector, model.encoder.width, model.decoder.width, rngs)
+        self.decoder = LanguageModel(model.decoder, rngs)
+
+    def visual(self, images: Images, dropout: Array | None = None) -> Float[Array, "B N Q D"]:
+        """Visual tokens of every image slot; what an empty slot holds is never looked at."""
+        keys = (None, None) if dropout is None else jax.random.split(dropout)
+        visual = self.connector(self.encoder(images, keys[0]), keys[1])
+        return visual.reshape(*images.grids.shape[:2], *visual.shape[1:])
+
+    def hidden(
+        self, batch: Batch, visual: Float[Array, "B N Q D"] | None, dropout: Array | None = None
+    ) -> Float[Array, "B T D"]:
+        """Hidden states of the decoder; `visual` is None where no token stands for an image."""
+        x = self.fuse(batch, visual)
+        x, _ = self.decoder(x, batch.positions, attention_mask(batch), key=dropout)
+        return x
+
+    def fuse(self, batch: Batch, visual: Float[Array, "B N Q D"] | None) -> Float[Array, "B T D"]:
+        """The sequence the decoder reads: embeddings, and visual tokens where they stand."""
+        x = self.decoder.embed(batch.tokens)
+        if visual is None:
+            return x
+        visual = visual.reshape(visual.shape[0], -1, visual.shape[-1]).astype(x.dtype)
+        index = batch.visual_index
+        gathered = jnp.take_along_axis(visual, jnp.maximum(index, 0)[..., None], axis=1)
+        return jnp.where(index[..., None] >= 0, gathered, x)
+
+    def unembed(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """Float32 logits of hidden states."""
+        return self.decoder.unembed(hidden)
+
+    def attention_maps(self, images: Images) -> Float[Array, "B N Q P"]:
+        """Where each visual token of a Perceiver connector looks; see `Perceiver.attention_maps`."""
+        maps = self.connector.attention_maps(self.encoder(images))
+        return maps.reshape(*images.grids.shape[:2], *maps.shape[1:])
+
+
+def attention_mask(batch: Batch) -> Bool[Array, "B 1 T T"]:
+    """True where a token may look: at its own document's past, and at all of its own block."""
+    segments, blocks = batch.segments, batch.blocks
+    same_document = segments[:, :, None] == segments[:, None, :]
+    same_block = (blocks[:, :, None] == blocks[:, None, :]) & (blocks[:, :, None] > 0)
+    order = jnp.arange(segments.shape[1])
+    past = order[:, None] >= order[None, :]
+    return (same_document & (past | same_block))[:, None]
