@@ -1,7 +1,7 @@
 """The config of a run: one tree of frozen dataclasses, filled from plain data and checked.
 
-A config file is Python that returns an `ml_collections.ConfigDict` made by `default()` and changed in
-place, so that every field has a name the command line can override. `resolve` turns it back into the
+A config file is Python that returns an `ml_collections.ConfigDict` made by `default()` and changed
+in place, so that every field has a name the command line can override. `resolve` turns it back into the
 typed tree that the rest of the code reads, and refuses what it does not know.
 """
 
@@ -118,8 +118,8 @@ class Train:
       b1, b2, eps: of AdamW.
       clip: largest global norm of the gradient; 0 = no clipping.
       label_smoothing: share of the target spread over the vocabulary.
-      bag_of_words: weight of the auxiliary loss by which an image's mean visual token names the words
-        of that image's text.
+      bag_of_words: weight of the auxiliary loss by which an image's mean visual token names the
+        words of that image's text.
       ema: decay of the averaged weights that evaluation and export use; 0 = the last weights.
       log_every: steps between lines of metrics.
     """

@@ -3,6 +3,8 @@
 n counts images, P patches, Q visual tokens, E the encoder's width, D the decoder's.
 """
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -30,10 +32,7 @@ class Projector(nnx.Module):
         layers = 1 if connector.kind == "linear" else connector.layers
         sizes = [features, *[connector.hidden or width] * (layers - 1), width]
         self.layers = nnx.List(
-            [
-                Linear((i,), (o,), bias=True, rngs=rngs)
-                for i, o in zip(sizes[:-1], sizes[1:], strict=True)
-            ]
+            [Linear((i,), (o,), bias=True, rngs=rngs) for i, o in itertools.pairwise(sizes)]
         )
 
     def __call__(self, x: Float[Array, "n P E"], key: Array | None = None):

@@ -1,4 +1,4 @@
-"""The decoder language model: RMSNorm, rotary positions, grouped-query attention, SwiGLU (Llama)."""
+"""The decoder of the Llama family: RMSNorm, rotary positions, grouped-query attention, SwiGLU."""
 
 from typing import NamedTuple
 

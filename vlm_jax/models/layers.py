@@ -1,4 +1,4 @@
-"""Layers that every tower is made of. Parameters are float32; computation is in the dtype asked for.
+"""Layers that every tower is made of. Parameters are float32; inputs decide the dtype computed in.
 
 Axes: D width, F feed-forward width, H heads, G key/value heads, K head dimension, L layers.
 """
@@ -70,7 +70,7 @@ class RMSNorm(nnx.Module):
 
 
 class Mlp(nnx.Module):
-    """The transformer's feed-forward part: `down(act(up(x)))`, or gated `down(act(gate(x)) * up(x))`."""
+    """The feed-forward part: `down(act(up(x)))`, or gated `down(act(gate(x)) * up(x))`."""
 
     def __init__(self, width: int, hidden: int, activation: str, *, gated: bool, bias: bool, rngs):
         self.gate = Linear((width,), (hidden,), bias=bias, rngs=rngs) if gated else None

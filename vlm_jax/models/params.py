@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 from vlm_jax.models.vlm import VLM
 
-# Logical axes by path, without the layers' axis; the first pattern that matches the whole path holds.
+# Logical axes by path, without the layers' axis; the first pattern matching the whole path holds.
 AXES = (
     (r".*attention/query/kernel", ("embed", "heads", None)),
     (r".*attention/(key|value)/kernel", ("embed", "kv_heads", None)),

@@ -57,7 +57,7 @@ def greedy(vlm: VLM, batch: Batch, visual, new_tokens: int, eos: int) -> Int[Arr
 def _visible(
     prompt_slots: Bool[Array, "B S"], prompt: int, index: Int[Array, ""]
 ) -> Bool[Array, "B 1 1 S"]:
-    """Slots a new token may look at: its row's prompt and the tokens made so far, itself included."""
+    """Slots a new token may look at: its row's prompt and the tokens made so far, itself too."""
     slot = jnp.arange(prompt_slots.shape[1])[None]
     made = (slot >= prompt) & (slot <= prompt + index)
     return (prompt_slots | made)[:, None, None]
@@ -93,7 +93,7 @@ def greedy_uncached(
     return jnp.stack(output, axis=1)
 
 
-def _last_logits(vlm: VLM, batch: Batch, visual, at: Int[Array, "B"]) -> Float[Array, "B V"]:
+def _last_logits(vlm: VLM, batch: Batch, visual, at: Int[Array, " B"]) -> Float[Array, "B V"]:
     hidden = vlm.hidden(batch, visual)
     last = jnp.take_along_axis(hidden, jnp.maximum(at, 0)[:, None, None], axis=1)
     return vlm.unembed(last)[:, 0]

@@ -4,6 +4,7 @@ A pre-norm ViT as in big_vision (models/vit.py): learned or sincos2d positions, 
 an optional attention-pooling head. n counts images, whatever row they came from.
 """
 
+import itertools
 import math
 
 import jax
@@ -56,7 +57,7 @@ class ConvStem(nnx.Module):
 
     def __init__(self, encoder: Encoder, rngs: nnx.Rngs):
         channels = (3, *encoder.stem_widths)
-        pairs = list(zip(channels[:-1], channels[1:], strict=True))
+        pairs = list(itertools.pairwise(channels))
         # He initialisation: nothing but the activation follows each convolution's norm.
         self.kernels = nnx.List(
             [

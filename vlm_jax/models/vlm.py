@@ -55,7 +55,7 @@ class VLM(nnx.Module):
         return self.decoder.unembed(hidden)
 
     def attention_maps(self, images: Images) -> Float[Array, "B N Q P"]:
-        """Where each visual token of a Perceiver connector looks; see `Perceiver.attention_maps`."""
+        """Where each visual token of a Perceiver looks; see `Perceiver.attention_maps`."""
         maps = self.connector.attention_maps(self.encoder(images))
         return maps.reshape(*images.grids.shape[:2], *maps.shape[1:])
 

@@ -20,7 +20,8 @@ class Encoder:
       final_norm: whether a LayerNorm follows the last block.
       pool: "none" gives patch features; "map" pools them to one by attention (SigLIP's head).
       dropout: on the output of each residual branch.
-      drop_path: chance that a residual branch of the last block is dropped, rising linearly with depth.
+      drop_path: chance that a residual branch of the last block is dropped, rising linearly with
+        depth.
       mean, std: per channel, of pixels in [0, 1].
       dtype: of the computation; parameters are float32 masters.
       remat: whether blocks recompute their activations in the backward pass.
