@@ -1,8 +1,8 @@
 """The config of a run: one tree of frozen dataclasses, filled from plain data and checked.
 
 A config file is Python that returns an `ml_collections.ConfigDict` made by `default()` and changed
-in place, so that every field has a name the command line can override. `resolve` turns it back into the
-typed tree that the rest of the code reads, and refuses what it does not know.
+in place, so that every field has a name the command line can override. `resolve` turns it back
+into the typed tree that the rest of the code reads, and refuses what it does not know.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ class Augment:
     """Random changes to training pictures; the defaults change nothing but the background.
 
     Attributes:
-      background: how transparent pixels are filled in training: "white" or "random". Evaluation
+      background: how transparent pixels are filled in training, "white" or "random"; evaluation
         always composites on white.
       scale: smallest and largest zoom.
       rotate: largest rotation, degrees.
@@ -316,7 +316,6 @@ def _scalar(kind: type, value: Any, path: str) -> Any:
 def unknown_key(key: str, known: typing.Iterable[str]) -> str:
     """The message for a key that no field answers to, naming the nearest known one."""
     known = list(known)
-    # The last part carries the typo; comparing whole paths would prefer siblings of the same length.
     nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
     hint = f"; did you mean {nearest[0]}?" if nearest else ""
     return f"unknown config key {key}{hint}"
