@@ -1,0 +1,63 @@
+# make demo    installs what a run needs, trains configs/tiny.py and writes its report
+# make test    format, lint, floors and the quick tests
+# make check   the long tier: slow tests, notebooks, parity with other implementations
+# Everything is installed into $(VENV), once per change of the requirements.
+
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+
+# The first Python from 3.11 to 3.13 that really starts: a pyenv shim may be there and refuse.
+WORKS := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
+  $$p -c "$(WORKS)" >/dev/null 2>&1 && echo $$p && break; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Leaving the byte code to the first import halves the installation.
+PIP := $(BIN)/pip install --quiet --no-compile --disable-pip-version-check --no-input
+PYTEST := $(BIN)/python -m pytest -q --durations=15
+WORKDIR ?= runs/tiny
+
+.PHONY: demo test check quick lint format pins clean
+
+demo: $(VENV)/.run
+	$(BIN)/python -m vlm_jax.main --config=configs/tiny.py --workdir=$(WORKDIR)
+
+test: lint quick
+
+check: $(VENV)/.check
+	$(PYTEST) -m slow
+
+quick: $(VENV)/.dev
+	$(PYTEST) -m "not slow"
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# The exact versions in requirements*.txt, resolved anew from setup.py (PYTHONS: one of 3.11, one newer).
+PYTHONS ?= python3.11 python3.12
+pins:
+	$(firstword $(PYTHONS)) tools/pins.py $(PYTHONS)
+
+clean:
+	rm -rf $(VENV) .cache .import_linter_cache .pytest_cache .ruff_cache
+
+$(VENV)/.run: requirements.txt
+	$(if $(PYTHON),,$(error no Python from 3.11 to 3.13 with the venv module was found; \
+	  install one or name it: make PYTHON=/path/to/python3))
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) -r requirements.txt
+	touch $@
+
+$(VENV)/.dev: requirements-dev.txt $(VENV)/.run
+	$(PIP) -r requirements-dev.txt
+	touch $@
+
+$(VENV)/.check: requirements-check.txt $(VENV)/.dev
+	$(PIP) -r requirements-check.txt
+	touch $@
