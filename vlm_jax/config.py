@@ -48,7 +48,7 @@ class Augment:
       rotate: largest rotation, degrees.
       shear: largest shear, degrees.
       translate: largest shift, as a share of the side.
-      brightness, contrast, saturation, hue: largest relative changes (hue as a share of the circle).
+      brightness, contrast, saturation, hue: largest relative changes (hue: share of the circle).
       grey: chance of a grey picture.
       blur: largest radius of a Gaussian blur, pixels of the picture as the encoder sees it.
       erase: chance that a random rectangle is painted over.
@@ -311,6 +311,16 @@ def _scalar(kind: type, value: Any, path: str) -> Any:
     ):
         return value
     raise ConfigError(f"{path} is {value!r}; expected {kind.__name__}")
+
+
+def paths(kind: type = Config, prefix: str = "config") -> list[str]:
+    """Dotted paths of all sections and fields, e.g. "config.train.steps"."""
+    found = []
+    for name, hint in typing.get_type_hints(kind).items():
+        found.append(f"{prefix}.{name}")
+        if dataclasses.is_dataclass(hint):
+            found += paths(hint, found[-1])
+    return found
 
 
 def unknown_key(key: str, known: typing.Iterable[str]) -> str:

@@ -1,0 +1,64 @@
+"""What every door shares: flags in, one call, an exit code (sysexits) and a message for people."""
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import app, flags
+
+from vlm_jax import config as configs
+from vlm_jax.errors import ConfigError, VlmError
+
+
+def run(main: Callable[[Sequence[str]], None]) -> None:
+    """Runs a door: a refusal ends with its exit code and its message, not with a traceback."""
+
+    def guarded(argv: Sequence[str]) -> None:
+        try:
+            main(argv)
+        except VlmError as error:
+            _refuse(error)
+
+    app.run(guarded, flags_parser=_parse)
+
+
+def no_arguments(argv: Sequence[str]) -> None:
+    """Raises ConfigError where words follow the flags: most are flags without their dashes."""
+    if len(argv) > 1:
+        raise ConfigError(f"unexpected arguments {' '.join(argv[1:])!r}; flags start with --")
+
+
+def config(flag: flags.FlagHolder) -> configs.Config:
+    """The checked config of a `--config` flag.
+
+    Raises:
+      ConfigError: the file cannot be read, or what it holds is wrong.
+    """
+    try:
+        return configs.resolve(flag.value)
+    except OSError as error:  # ml_collections reports a missing file when its value is read
+        raise ConfigError(str(error)) from error
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+    try:
+        return flags.FLAGS(argv)
+    # Config files and ml_collections raise what they like for a wrong file, variant or override.
+    except (flags.Error, AttributeError, KeyError, ValueError, OSError) as error:
+        _refuse(ConfigError(_explain(argv, error)))
+
+
+def _explain(argv: Sequence[str], error: Exception) -> str:
+    """Names the override that no field of the config answers to, or else says what was raised."""
+    known = configs.paths()
+    for argument in argv:
+        override = re.match(r"--(config\.[^=\s]+)", argument)
+        path = override and re.sub(r"\[.*", "", override[1])
+        if path and path not in known and not path.startswith("config.data.mixture."):
+            return configs.unknown_key(path, known)
+    return f"{error} (python -m ... --help lists the flags)"
+
+
+def _refuse(error: VlmError) -> None:
+    print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    sys.exit(error.exit_code)
