@@ -45,7 +45,7 @@ pins:
 	$(firstword $(PYTHONS)) tools/pins.py $(PYTHONS)
 
 clean:
-	rm -rf $(VENV) .cache .import_linter_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-newer .cache .import_linter_cache .pytest_cache .ruff_cache
 
 $(VENV)/.run: requirements.txt
 	$(if $(PYTHON),,$(error no Python from 3.11 to 3.13 with the venv module was found; \
