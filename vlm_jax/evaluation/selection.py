@@ -29,12 +29,8 @@ class Best:
 
     def __call__(self, step: int, params: Params) -> dict[str, float]:
         scalars = self._evaluate(step, params)
-        losses = [
-            v
-            for k, v in scalars.items()
-            if k.startswith("eval/validation/") and k.endswith("/loss")
-        ]
-        loss = float(np.mean(losses))
+        names = [n for n in scalars if n.startswith("eval/validation/") and n.endswith("/loss")]
+        loss = float(np.mean([scalars[name] for name in names]))
         if not self._note.exists() or loss < json.loads(self._note.read_text())["loss"]:
             self._keep(step, loss, params)
         return scalars
