@@ -45,29 +45,36 @@ class Augment:
       background: how transparent pixels are filled in training, "white" or "random"; evaluation
         always composites on white.
       scale: smallest and largest zoom.
-      rotate: largest rotation, degrees.
-      shear: largest shear, degrees.
+      aspect: largest relative change of width over height.
+      rotate, shear: largest angles, degrees.
       translate: largest shift, as a share of the side.
+      perspective: largest relative change of size from one side of the picture to the other.
       brightness, contrast, saturation, hue: largest relative changes (hue: share of the circle).
+      gain: the same for each colour channel on its own.
       grey: chance of a grey picture.
-      blur: largest radius of a Gaussian blur, pixels of the picture as the encoder sees it.
-      erase: chance that a random rectangle is painted over.
+      blur: largest radius of a box blur, in pixels as the encoder sees them; half stay sharp.
       shade: strength of a random linear light gradient.
+      noise: largest standard deviation of pixel noise, white being 1.
+      erase: chance that a random rectangle is painted over.
     """
 
     background: str = "white"
     scale: tuple[float, float] = (1.0, 1.0)
+    aspect: float = 0.0
     rotate: float = 0.0
     shear: float = 0.0
     translate: float = 0.0
+    perspective: float = 0.0
     brightness: float = 0.0
     contrast: float = 0.0
     saturation: float = 0.0
     hue: float = 0.0
+    gain: float = 0.0
     grey: float = 0.0
     blur: float = 0.0
-    erase: float = 0.0
     shade: float = 0.0
+    noise: float = 0.0
+    erase: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,187 @@
+"""Documents: an Example as tokens, masks and pixels, ready to be packed."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from vlm_jax.config import Config
+from vlm_jax.data import chat, images
+from vlm_jax.data.example import Example, Image, ImageRef, Turn
+from vlm_jax.data.tokenizer import Tokenizer
+from vlm_jax.errors import DataError
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """One sample on its own: L tokens, n images.
+
+    Attributes:
+      key, source: of the Example.
+      tokens, loss_weights, blocks, visual_index, image_index: as in a Batch, the indices counted
+        from the document's own first image.
+      pixels: float32 [n, H, W, 3], normalised; zeros for an image that could not be used.
+      texts: int32 [n, S], the second text of each image, 0 = padding.
+      rejects: why the sample is not learned from, e.g. ("truncated",); its loss weights are 0 then.
+        A sample too long for any row has no tokens at all.
+    """
+
+    key: str
+    source: str
+    tokens: Int[np.ndarray, " L"]
+    loss_weights: Float[np.ndarray, " L"]
+    blocks: Int[np.ndarray, " L"]
+    visual_index: Int[np.ndarray, " L"]
+    image_index: Int[np.ndarray, " L"]
+    pixels: Float[np.ndarray, "n H W 3"]
+    texts: Int[np.ndarray, "n S"]
+    rejects: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def document(
+    example: Example, config: Config, tokenizer: Tokenizer, rng: np.random.Generator | None = None
+) -> Document:
+    """The sample as the model reads it; a pure function of its arguments.
+
+    A picture that cannot be used never raises: the document keeps its shape, so that nothing after
+    it moves, and is not learned from. One too long for a row becomes empty; nothing is cut.
+
+    Args:
+      example: the sample.
+      config: its model's sizes and `data` are read.
+      tokenizer: of the run.
+      rng: where augmentation is drawn from; None = evaluation, which changes nothing.
+
+    Raises:
+      DataError: a turn has an unknown role.
+    """
+    rendered = render(example.turns, config, tokenizer)
+    spans = rendered.image_spans
+    too_long = _too_long(rendered, config)
+    if too_long:
+        return _build(example, _EMPTY, config, tokenizer, (), (too_long,))
+    augment = None if rng is None else config.data.augment
+    pixels, rejects = [], []
+    for span in spans:
+        try:
+            image = _at(example.images, span.index)
+            pixels.append(images.fit(images.decode(image), config.model.encoder, augment, rng))
+        except images.BadImage as bad:
+            side = config.model.encoder.image_size
+            pixels.append(np.zeros((side, side, 3), np.float32))
+            rejects.append(bad.reason)
+    return _build(example, rendered, config, tokenizer, pixels, tuple(rejects))
+
+
+def prompt_document(
+    turns: Sequence[Turn], pictures: Sequence[Image], config: Config, tokenizer: Tokenizer
+) -> Document:
+    """A conversation up to where the assistant speaks next.
+
+    Raises:
+      DataError: a picture cannot be used, or the prompt is longer than `data.tokens`.
+    """
+    prompt = Example("prompt", "prompt", tuple(pictures), tuple(turns))
+    rendered = render(turns, config, tokenizer, reply=True)
+    too_long = _too_long(rendered, config)
+    if too_long:
+        raise DataError(
+            f"the prompt has {len(rendered.tokens)} tokens and {len(rendered.image_spans)} images; "
+            f"config.data allows {config.data.tokens} and {config.data.images_per_row}"
+        )
+    pixels = []
+    for span in rendered.image_spans:
+        try:
+            rgba = images.decode(_at(pictures, span.index))
+        except images.BadImage as bad:
+            raise DataError(f"image {span.index + 1} of the prompt cannot be used: {bad}") from bad
+        pixels.append(images.fit(rgba, config.model.encoder))
+    return _build(prompt, rendered, config, tokenizer, pixels, ())
+
+
+def render(
+    turns: Sequence[Turn], config: Config, tokenizer: Tokenizer, reply: bool = False
+) -> chat.Rendered:
+    """Tokens and loss weights of a conversation under the config's template, without pixels."""
+    if not config.data.images:
+        turns = [dataclasses.replace(turn, parts=_texts(turn)) for turn in turns]
+    template = chat.template(config.data.template)
+    return chat.render(template, tokenizer, turns, config.model.visual_tokens, reply)
+
+
+_EMPTY = chat.Rendered(np.zeros(0, np.int32), np.zeros(0, np.float32), ())
+
+
+def _texts(turn: Turn) -> tuple[str, ...]:
+    return tuple(part for part in turn.parts if not isinstance(part, ImageRef))
+
+
+def _too_long(rendered: chat.Rendered, config: Config) -> str:
+    if len(rendered.tokens) > config.data.tokens:
+        return "too_many_tokens"
+    if len(rendered.image_spans) > config.data.images_per_row:
+        return "too_many_images"
+    return ""
+
+
+def _at(pictures: Sequence[Image], index: int) -> Image:
+    if not 0 <= index < len(pictures):
+        raise images.BadImage("no_such_image", f"{index} of {len(pictures)}")
+    return pictures[index]
+
+
+def _build(
+    example: Example,
+    rendered: chat.Rendered,
+    config: Config,
+    tokenizer: Tokenizer,
+    pixels: Sequence[np.ndarray],
+    rejects: tuple[str, ...],
+) -> Document:
+    side, size = config.model.encoder.image_size, config.data.text_tokens
+    visual_index, image_index = _indices(rendered, config.model.visual_tokens)
+    texts = np.zeros((len(rendered.image_spans), size), np.int32)
+    for row, span in zip(texts, rendered.image_spans, strict=True):
+        if span.index < len(example.image_texts):
+            ids = tokenizer.encode(example.image_texts[span.index])[:size]
+            row[: len(ids)] = ids
+    weights = rendered.loss_weights
+    return Document(
+        key=example.key,
+        source=example.source,
+        tokens=rendered.tokens,
+        loss_weights=np.zeros_like(weights) if rejects else weights,
+        blocks=_blocks(weights, config.data.attention),
+        visual_index=visual_index,
+        image_index=image_index,
+        pixels=np.stack(pixels) if len(pixels) else np.zeros((0, side, side, 3), np.float32),
+        texts=texts,
+        rejects=rejects,
+    )
+
+
+def _indices(
+    rendered: chat.Rendered, visual_tokens: int
+) -> tuple[Int[np.ndarray, " L"], Int[np.ndarray, " L"]]:
+    """Which visual token stands where, and the last image at or before each token; -1 = none."""
+    visual = np.full(len(rendered.tokens), -1, np.int32)
+    image = np.full(len(rendered.tokens), -1, np.int32)
+    for n, span in enumerate(rendered.image_spans):
+        visual[span.start : span.start + visual_tokens] = (
+            np.arange(visual_tokens) + n * visual_tokens
+        )
+        image[span.start :] = n
+    return visual, image
+
+
+def _blocks(weights: Float[np.ndarray, " L"], attention: str) -> Int[np.ndarray, " L"]:
+    """With "prefix", each run of tokens that are not learned is one block, counted from 1."""
+    prompt = weights == 0
+    if attention == "causal" or not len(prompt):
+        return np.zeros(len(weights), np.int32)
+    starts = prompt & np.concatenate([[True], ~prompt[:-1]])
+    return np.where(prompt, np.cumsum(starts), 0).astype(np.int32)

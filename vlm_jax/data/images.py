@@ -1,0 +1,284 @@
+"""Pictures: one decode for everything, then fit to the encoder with or without random changes.
+
+Alpha is kept until the last moment and is premultiplied before any resampling, so that the colour
+hidden under transparent pixels never bleeds into edges.
+"""
+
+import io
+import os
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
+
+from vlm_jax.config import Augment
+from vlm_jax.presets.encoders import Encoder
+
+# Checked against the header, before any pixel is decoded: a 100-byte file can claim 100 megapixels.
+MAX_PIXELS = 50_000_000
+MAX_SIDE = 16_384
+
+# Readers that neither start other programs (EPS does) nor have more than pixels to say.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+
+# Less than this leaves a picture as it is, at the price of a whole filter pass.
+_SMALLEST_BLUR = 0.2
+
+_EXIF_KEYS = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
+
+
+class BadImage(Exception):
+    """A picture that cannot be used.
+
+    Attributes:
+      reason: a stable word that is counted: missing, empty, not_an_image, too_large, truncated,
+        corrupt, unsupported or no_such_image.
+    """
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+
+
+def decode(
+    image: bytes | os.PathLike | str | np.ndarray | Image.Image,
+) -> UInt8[np.ndarray, "h w 4"]:
+    """RGBA pixels, upright, of encoded bytes, a file, or a picture already in memory.
+
+    Animations give their first frame; 16-bit grey is scaled to 8 bits (Pillow would clip it).
+
+    Raises:
+      BadImage: see its reasons.
+    """
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
+    if not isinstance(image, Image.Image):
+        return _decoded(_open(_read(image)))
+    return _decoded(image)
+
+
+def _read(image: bytes | os.PathLike | str) -> bytes:
+    if not isinstance(image, bytes):
+        try:
+            with open(image, "rb") as file:
+                image = file.read()
+        except OSError as error:
+            raise BadImage("missing", str(error)) from error
+    if not image:
+        raise BadImage("empty", "no bytes")
+    return image
+
+
+def _open(data: bytes) -> Image.Image:
+    """The picture behind its header; no pixel is decoded yet."""
+    try:
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError as error:
+        raise BadImage("not_an_image", f"none of {', '.join(FORMATS)}") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BadImage("too_large", str(error)) from error
+    except Exception as error:  # plugins raise whatever their parser stumbles over
+        raise BadImage("corrupt", str(error)) from error
+
+
+def _decoded(image: Image.Image) -> UInt8[np.ndarray, "h w 4"]:
+    width, height = image.size
+    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+        limit = f"{MAX_PIXELS} pixels and {MAX_SIDE} a side"
+        raise BadImage("too_large", f"{width} x {height}, more than {limit}")
+    if not width * height:
+        raise BadImage("empty", f"{width} x {height}")
+    try:
+        image.load()
+    except Exception as error:
+        cut = isinstance(error, EOFError) or "truncated" in str(error).lower()
+        raise BadImage("truncated" if cut else "corrupt", str(error)) from error
+    try:
+        return np.asarray(_rgba(_upright(image)))
+    except (ValueError, OSError) as error:
+        raise BadImage("unsupported", f"pixels of mode {image.mode}: {error}") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    if image.format != "TIFF" and not any(key in image.info for key in _EXIF_KEYS):
+        return image
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # broken EXIF says nothing about the pixels (huggingface/datasets#7668)
+        return image
+
+
+def _rgba(image: Image.Image) -> Image.Image:
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        grey = np.asarray(image)
+        if grey.min() < 0 or grey.max() > 65_535:
+            raise ValueError("integers beyond 16 bits")
+        image = Image.fromarray(((grey.astype(np.uint32) + 128) // 257).astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("floating point has no known range")
+    if image.mode in ("CMYK", "YCbCr", "HSV"):
+        image = image.convert("RGB")
+    return image if image.mode == "RGBA" else image.convert("RGBA")
+
+
+def fit(
+    rgba: UInt8[np.ndarray, "h w 4"],
+    encoder: Encoder,
+    augment: Augment | None = None,
+    rng: np.random.Generator | None = None,
+) -> Float[np.ndarray, "H W 3"]:
+    """Pixels as the encoder sees them: squashed to its square, on a background, normalised.
+
+    Args:
+      rgba: a decoded picture.
+      encoder: its image size, mean and standard deviation are read.
+      augment: random changes; None (evaluation) composites on white and changes nothing.
+      rng: where the changes are drawn from; needed with `augment`.
+    """
+    size = encoder.image_size
+    image = Image.fromarray(np.ascontiguousarray(rgba)).convert("RGBa")
+    if image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=3.0)
+    if augment is None:
+        rgb = _composite(image, np.eye(4, 3, dtype=np.float32), np.ones(3, np.float32))
+    else:
+        rgb = _augmented(image, augment, rng)
+    np.clip(rgb, 0.0, 1.0, out=rgb)
+    rgb -= _row(encoder.mean, size)
+    rgb /= _row(encoder.std, size)
+    return rgb.reshape(size, size, 3)
+
+
+# Pictures are worked on as rows of interleaved colours: numpy is several times faster on rows
+# than on a last axis of three.
+
+
+def _row(colour: Sequence[float], size: int) -> Float[np.ndarray, " row"]:
+    """One colour, all along a row."""
+    return np.tile(np.asarray(colour, np.float32), size)
+
+
+def _composite(image: Image.Image, colour, background) -> Float[np.ndarray, "H row"]:
+    """x @ colour + (1 - alpha) * background, for the premultiplied x = (r, g, b, alpha) of `image`.
+
+    On a plain background that is a single product: alpha's row of `colour` takes it off again.
+
+    Args:
+      image: of mode RGBa.
+      colour: [4, 3].
+      background: [3], or [H, row].
+    """
+    size = image.size[0]
+    pixels = np.frombuffer(image.tobytes(), np.uint8).reshape(-1, 4).astype(np.float32)
+    weights = colour / np.float32(255)
+    if background.ndim == 1:
+        weights[3] -= background / np.float32(255)
+        rgb = (pixels @ weights).reshape(size, -1)
+        rgb += _row(background, size)
+        return rgb
+    clear = np.float32(1) - pixels[:, 3] / np.float32(255)
+    return (pixels @ weights).reshape(size, -1) + clear.repeat(3).reshape(size, -1) * background
+
+
+def _augmented(
+    image: Image.Image, augment: Augment, rng: np.random.Generator
+) -> Float[np.ndarray, "H row"]:
+    size = image.size[0]
+    image = _warped(image, augment, rng)
+    radius = augment.blur * rng.uniform(-1, 1)  # half of the pictures stay sharp
+    if radius > _SMALLEST_BLUR:
+        image = image.filter(ImageFilter.BoxBlur(radius))
+    rgb = _composite(image, _colour(augment, rng), _background(augment, size, rng))
+    if augment.shade:
+        rgb *= 1 + _ramp(size, augment.shade, rng)
+    if augment.noise:
+        rgb += augment.noise * rng.random() * rng.standard_normal(rgb.shape, np.float32)
+    if rng.random() < augment.erase:
+        _erase(rgb.reshape(size, size, 3), rng)
+    return rgb
+
+
+def _warped(image: Image.Image, augment: Augment, rng: np.random.Generator) -> Image.Image:
+    """One random projective map about the centre; what comes from outside is transparent."""
+    rotate, shear, dx, dy, zoom, aspect, *tilt = rng.uniform(-1, 1, 8)
+    low, high = np.log(augment.scale)
+    zoom = np.exp(low + (high - low) * (zoom + 1) / 2)
+    stretch = np.exp(np.log1p(augment.aspect) * aspect / 2)
+    angle, slant = np.deg2rad(augment.rotate * rotate), np.tan(np.deg2rad(augment.shear * shear))
+    cos, sin = np.cos(angle), np.sin(angle)
+    turned = np.array([[cos, cos * slant - sin], [sin, sin * slant + cos]])
+    size = image.size[0]
+    forward = np.eye(3)
+    forward[:2, :2] = zoom * turned * (stretch, 1 / stretch)
+    forward[:2, 2] = augment.translate * size * np.array([dx, dy])
+    forward[2, :2] = augment.perspective / size * np.array(tilt)
+    if np.array_equal(forward, np.eye(3)):
+        return image
+    # Pillow asks where each output pixel comes from, so it is given the inverse.
+    centre = np.array([[1, 0, size / 2], [0, 1, size / 2], [0, 0, 1]])
+    inverse = centre @ np.linalg.inv(centre @ forward)
+    inverse /= inverse[2, 2]
+    flat = not augment.perspective
+    kind = Image.Transform.AFFINE if flat else Image.Transform.PERSPECTIVE
+    coefficients = inverse.ravel()[: 6 if flat else 8].tolist()
+    return image.transform(image.size, kind, coefficients, resample=Image.Resampling.BILINEAR)
+
+
+_GREY = np.full((3, 3), 1 / 3)
+
+
+def _colour(augment: Augment, rng: np.random.Generator) -> Float[np.ndarray, "4 3"]:
+    """All changes of colour as one matrix on premultiplied (r, g, b, alpha)."""
+    hue, saturation, contrast, brightness, grey, *gains = rng.uniform(-1, 1, 8)
+    saturation = 1 + augment.saturation * saturation
+    if (grey + 1) / 2 < augment.grey:
+        saturation = 0.0
+    contrast = 1 + augment.contrast * contrast
+    turned = _hue_rotation(2 * np.pi * augment.hue * hue)
+    gains = contrast * (1 + augment.gain * np.array(gains))
+    mixed = gains[:, None] * (saturation * turned + (1 - saturation) * _GREY)
+    lift = 0.5 * (1 - contrast) + augment.brightness * brightness
+    return np.vstack([mixed.T, np.full((1, 3), lift)]).astype(np.float32)
+
+
+def _hue_rotation(angle: float) -> Float[np.ndarray, "3 3"]:
+    """Rotation of colours about the grey axis (Rodrigues' formula)."""
+    axis = np.sqrt(1 / 3)
+    cross = axis * np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]])
+    return np.cos(angle) * np.eye(3) + (1 - np.cos(angle)) * _GREY + np.sin(angle) * cross
+
+
+def _background(augment: Augment, size: int, rng: np.random.Generator) -> np.ndarray:
+    """A plain colour [3] or, now and then, a gradient between two [H, row]."""
+    if augment.background == "white":
+        return np.ones(3, np.float32)
+    kind, (one, other) = rng.random(), rng.random((2, 3), np.float32)
+    # White stays common: it is what evaluation shows.
+    if kind < 0.4:
+        return np.ones(3, np.float32)
+    if kind < 0.8:
+        return one
+    return _row(one, size) + (0.5 + _ramp(size, 0.5, rng)) * _row(other - one, size)
+
+
+def _ramp(size: int, strength: float, rng: np.random.Generator) -> Float[np.ndarray, "H row"]:
+    """A random linear gradient, 0 at the centre, the same for all three colours."""
+    down, along = (strength * rng.uniform(-1, 1, 2)).astype(np.float32)
+    line = np.linspace(-1, 1, size, dtype=np.float32)
+    return down * line[:, None] + along * line.repeat(3)
+
+
+def _erase(rgb: Float[np.ndarray, "H W 3"], rng: np.random.Generator) -> None:
+    """Paints a rectangle of 10 to 38 % of the side with one colour, in place."""
+    size = len(rgb)
+    height, width = np.maximum(1, (size * rng.uniform(0.1, 0.38, 2)).astype(int))
+    top, left = rng.integers(0, size - height + 1), rng.integers(0, size - width + 1)
+    rgb[top : top + height, left : left + width] = rng.random(3, np.float32)
+
+
+def patchify(pixels: Float[np.ndarray, "H W 3"], patch: int) -> Float[np.ndarray, "P patch_dim"]:
+    """Patches in reading order, each flattened as (row, column, channel)."""
+    rows, columns = pixels.shape[0] // patch, pixels.shape[1] // patch
+    split = pixels.reshape(rows, patch, columns, patch, 3)
+    return split.transpose(0, 2, 1, 3, 4).reshape(rows * columns, patch * patch * 3)

@@ -1,0 +1,180 @@
+"""Exact packing: whole documents share rows of static shape, and nothing is split or cut."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+import numpy as np
+
+from vlm_jax.batch import Batch, Images
+from vlm_jax.config import Config
+from vlm_jax.data.documents import Document
+from vlm_jax.data.images import patchify
+from vlm_jax.presets.encoders import Encoder
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """The static shape of a Batch: B rows of T tokens and N image slots with S tokens of text each.
+
+    Attributes:
+      visual_tokens: per image, Q.
+      pad: id on padding.
+    """
+
+    rows: int
+    tokens: int
+    images: int
+    texts: int
+    visual_tokens: int
+    encoder: Encoder
+    pad: int = 0
+
+
+def shape_of(config: Config, pad: int, **changes: int) -> Shape:
+    """The shape of a config's training batches, or one that differs in `changes`."""
+    shape = Shape(
+        rows=config.data.rows,
+        tokens=config.data.tokens,
+        images=config.data.images_per_row if config.data.images else 0,
+        texts=config.data.text_tokens,
+        visual_tokens=config.model.visual_tokens,
+        encoder=config.model.encoder,
+        pad=pad,
+    )
+    return dataclasses.replace(shape, **changes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Info:
+    """What travels beside a Batch, for people and counts.
+
+    Attributes:
+      documents: `documents[row][segment - 1]` is (key, source).
+      rejects: how many samples drawn for this batch could not be used, by (source, reason).
+    """
+
+    documents: tuple[tuple[tuple[str, str], ...], ...]
+    rejects: Mapping[tuple[str, str], int]
+
+
+Pending = TypeVar("Pending")
+
+
+def choose(
+    pending: Sequence[Pending], size: Callable[[Pending], tuple[int, int]], tokens: int, images: int
+) -> list[int]:
+    """Which of the pending documents fill the next row: the oldest, then whatever fits best.
+
+    The oldest always goes first, so that no document waits for ever.
+
+    Args:
+      pending: in order of arrival; the first must fit.
+      size: (tokens, images) of a document.
+      tokens, images: what a row holds.
+
+    Returns:
+      Positions in `pending`.
+    """
+    sizes = [size(document) for document in pending]
+    chosen: list[int] = []
+    candidates = list(range(len(pending)))
+    best = 0 if candidates else None
+    while best is not None:
+        chosen.append(best)
+        candidates.remove(best)
+        tokens, images = tokens - sizes[best][0], images - sizes[best][1]
+        candidates = [i for i in candidates if sizes[i][0] <= tokens and sizes[i][1] <= images]
+        best = max(candidates, key=lambda i: (sizes[i][0], -i), default=None)
+    return chosen
+
+
+def assemble(rows: Sequence[Sequence[Document]], shape: Shape) -> Batch:
+    """Rows of documents as one Batch; missing rows are empty.
+
+    Raises:
+      ValueError: more rows than the shape has, or a row that does not fit.
+    """
+    if len(rows) > shape.rows:
+        raise ValueError(f"{len(rows)} rows for a batch of {shape.rows}")
+    batch = _empty(shape)
+    for row, documents in enumerate(rows):
+        _fill(batch, row, documents, shape)
+    return batch
+
+
+def names(rows: Sequence[Sequence[Document]]) -> tuple[tuple[tuple[str, str], ...], ...]:
+    """`Info.documents` of these rows."""
+    return tuple(tuple((d.key, d.source) for d in documents) for documents in rows)
+
+
+def _empty(shape: Shape) -> Batch:
+    whole = lambda fill: np.full((shape.rows, shape.tokens), fill, np.int32)  # noqa: E731
+    return Batch(
+        tokens=whole(shape.pad),
+        segments=whole(0),
+        positions=whole(0),
+        loss_weights=np.zeros((shape.rows, shape.tokens), np.float32),
+        blocks=whole(0),
+        visual_index=whole(-1),
+        image_index=whole(-1),
+        image_texts=np.zeros((shape.rows, shape.images, shape.texts), np.int32),
+        images=_no_images(shape),
+    )
+
+
+def _no_images(shape: Shape) -> Images:
+    encoder = shape.encoder
+    slots = (shape.rows, shape.images)
+    grids = np.zeros((*slots, 2), np.int32)
+    if encoder.stem == "conv":
+        side = encoder.image_size
+        return Images(grids, pixels=np.zeros((*slots, side, side, 3), np.float32))
+    patches = shape.images * encoder.patches
+    # Every slot owns the same patches in every row; empty ones keep image -1.
+    line = np.arange(encoder.grid, dtype=np.int32)
+    square = np.stack(np.meshgrid(line, line, indexing="ij"), axis=-1).reshape(-1, 2)
+    return Images(
+        grids,
+        patches=np.zeros((shape.rows, patches, encoder.patch**2 * 3), np.float32),
+        patch_positions=np.tile(square, (shape.rows, shape.images, 1)),
+        patch_images=np.full((shape.rows, patches), -1, np.int32),
+    )
+
+
+def _fill(batch: Batch, row: int, documents: Sequence[Document], shape: Shape) -> None:
+    """Writes documents one after another into a row, in place."""
+    token = image = 0
+    for segment, document in enumerate(documents, start=1):
+        end, last_image = token + len(document), image + len(document.pixels)
+        if end > shape.tokens or last_image > shape.images:
+            raise ValueError(
+                f"row {row} needs {end} tokens and {last_image} images for {document.key}; it has "
+                f"{shape.tokens} and {shape.images}"
+            )
+        here = (row, slice(token, end))
+        batch.tokens[here] = document.tokens
+        batch.segments[here] = segment
+        batch.positions[here] = np.arange(len(document))
+        batch.loss_weights[here] = document.loss_weights
+        batch.blocks[here] = document.blocks
+        batch.visual_index[here] = _shifted(document.visual_index, image * shape.visual_tokens)
+        batch.image_index[here] = _shifted(document.image_index, image)
+        batch.image_texts[row, image:last_image] = document.texts
+        for slot, pixels in enumerate(document.pixels, start=image):
+            _place(batch.images, row, slot, pixels, shape.encoder)
+        token, image = end, last_image
+
+
+def _shifted(index: np.ndarray, by: int) -> np.ndarray:
+    return np.where(index >= 0, index + by, -1)
+
+
+def _place(images: Images, row: int, slot: int, pixels: np.ndarray, encoder: Encoder) -> None:
+    images.grids[row, slot] = encoder.grid
+    if images.pixels is not None:
+        images.pixels[row, slot] = pixels
+        return
+    here = (row, slice(slot * encoder.patches, (slot + 1) * encoder.patches))
+    images.patches[here] = patchify(pixels, encoder.patch)
+    images.patch_images[here] = slot

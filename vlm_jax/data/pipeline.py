@@ -1,0 +1,449 @@
+"""The stream of training batches, and batches of held-out examples and of prompts.
+
+Document k of the stream is a pure function of (seed, k), so the position of the stream is a few
+numbers: the next k, and which documents the packer still holds; those are rendered again on resume.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import itertools
+import queue
+import threading
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vlm_jax.batch import Batch
+from vlm_jax.config import Config
+from vlm_jax.data import documents, packing, sources
+from vlm_jax.data import tokenizer as tokenizers
+from vlm_jax.data.documents import Document
+from vlm_jax.data.example import Example, Image, ImageRef, Turn
+from vlm_jax.data.packing import Info
+from vlm_jax.data.tokenizer import Tokenizer
+from vlm_jax.errors import ConfigError, DataError
+
+REJECT_WINDOW = 10_000  # documents over which the share of bad ones is taken
+PREFETCH = 2  # batches made ahead of the trainer
+LENGTH_STEP = 32  # evaluation rows are a multiple of this long, so that few programs are compiled
+
+_VERSION = 1  # of the state; raise it when the same state would lead to other batches
+_EVAL_SEED = 20_000  # of the questions that held-out examples ask, in every run
+
+
+def train_stream(config: Config, split: str = "train") -> "TrainStream":
+    """Packed training batches without end; see `TrainStream`.
+
+    Raises:
+      ConfigError: an unknown source or template, or a tokenizer that does not fit the decoder.
+    """
+    return TrainStream(config, split)
+
+
+class TrainStream:
+    """Batches whose order and content are a pure function of (config, step).
+
+    An iterator of (Batch, Info) that makes a few batches ahead in a thread (none where
+    `data.threads` is 0). `get_state()` describes the position after the last batch handed out,
+    whatever was made ahead. Use it as a context manager, or `close()` it: threads end there.
+    """
+
+    def __init__(self, config: Config, split: str):
+        self._config = config
+        self._tokenizer = load_tokenizer(config)
+        self._shape = packing.shape_of(config, self._tokenizer.pad)
+        opened = {
+            name: sources.open_source(name, split, config.seed)
+            for name, weight in config.data.mixture.items()
+            if weight > 0
+        }
+        self._dataset = _stream(config, opened, self._tokenizer)
+        self._fingerprint = _fingerprint(config, split, opened, self._tokenizer)
+        self._position = _Position()
+        self._batches = None
+
+    def __iter__(self) -> "TrainStream":
+        return self
+
+    def __next__(self) -> tuple[Batch, Info]:
+        """The next batch.
+
+        Raises:
+          DataError: too many bad samples, or a batch without anything to learn.
+        """
+        if self._batches is None:
+            self._batches = self._made()
+            if self._config.data.threads:
+                self._batches = _Prefetched(self._batches, PREFETCH)
+        batch, info, self._position = next(self._batches)
+        return batch, info
+
+    def get_state(self) -> dict[str, Any]:
+        """The position after the last batch handed out, as plain JSON."""
+        return {"fingerprint": self._fingerprint, **self._position.plain()}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Goes to a position that `get_state` gave.
+
+        Raises:
+          ConfigError: it belongs to another stream; names what differs.
+        """
+        saved = state["fingerprint"]
+        for name in sorted({*saved, *self._fingerprint}):
+            old, new = saved.get(name), self._fingerprint.get(name)
+            if old != new:
+                raise ConfigError(
+                    f"the saved position of the data has {name} {old!r}, this config {new!r}: "
+                    "go on with the old value, or start in another workdir"
+                )
+        self.close()
+        self._position = _Position.parse(state)
+
+    def close(self) -> None:
+        """Ends the threads; the next batch would start them again."""
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None
+
+    def __enter__(self) -> "TrainStream":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def _made(self) -> Iterator[tuple[Batch, Info, "_Position"]]:
+        """Batches from the current position on, each with the position after it."""
+        position = self._position
+        pending = collections.deque((k, self._dataset[k]) for k in position.pending)
+        bad = collections.deque(position.bad)
+        with contextlib.closing(_reader(self._dataset, position.next, self._config)) as reader:
+            arrivals = _Arrivals(reader, position.next)
+            while True:
+                rejects = collections.Counter()
+                rows = [self._row(pending, arrivals, bad, rejects) for _ in range(self._shape.rows)]
+                batch = packing.assemble(rows, self._shape)
+                info = Info(packing.names(rows), dict(rejects))
+                _require_supervision(batch, info)
+                held = tuple(k for k, _ in pending)
+                yield batch, info, _Position(arrivals.next, held, tuple(bad))
+
+    def _row(self, pending, arrivals, bad, rejects) -> list[Document]:
+        """Tops up the pending documents and takes a row's worth from them."""
+        while len(pending) < self._config.data.pool:
+            k, document = next(arrivals)
+            if document.rejects:
+                rejects.update((document.source, reason) for reason in document.rejects)
+                self._count_bad(k, document, bad)
+            if len(document):
+                pending.append((k, document))
+        size = lambda item: (len(item[1]), len(item[1].pixels))  # noqa: E731
+        chosen = packing.choose(pending, size, self._shape.tokens, self._shape.images)
+        row = [pending[i][1] for i in chosen]
+        for i in sorted(chosen, reverse=True):
+            del pending[i]
+        return row
+
+    def _count_bad(self, k: int, document: Document, bad: collections.deque) -> None:
+        """Ends the run where more of the last documents are bad than the config allows."""
+        bad.append(k)
+        while bad[0] <= k - REJECT_WINDOW:
+            bad.popleft()
+        allowed = min(self._config.data.bad_samples * REJECT_WINDOW, REJECT_WINDOW - 1)
+        if len(bad) > allowed:
+            raise DataError(
+                f"{len(bad)} of the last {min(k + 1, REJECT_WINDOW)} samples could not be used; "
+                f"config.data.bad_samples allows {allowed:.0f} in {REJECT_WINDOW}. The last one is "
+                f"{document.key} ({', '.join(document.rejects)}); repair the data or allow more"
+            )
+
+
+class _Arrivals:
+    """Documents in order, each with its number; `next` is the number of the next one."""
+
+    def __init__(self, reader: Iterator[Document], start: int):
+        self._reader, self.next = reader, start
+
+    def __next__(self) -> tuple[int, Document]:
+        document, k = next(self._reader), self.next
+        self.next += 1
+        return k, document
+
+
+class _Position(NamedTuple):
+    """Where the stream stands.
+
+    Attributes:
+      next: the next document to draw.
+      pending: drawn documents that no batch holds yet, oldest first.
+      bad: those of the last REJECT_WINDOW documents that could not be used.
+    """
+
+    next: int = 0
+    pending: tuple[int, ...] = ()
+    bad: tuple[int, ...] = ()
+
+    def plain(self) -> dict[str, Any]:
+        return {"next": self.next, "pending": list(self.pending), "bad": list(self.bad)}
+
+    @classmethod
+    def parse(cls, state: Mapping[str, Any]) -> "_Position":
+        whole = lambda name: tuple(int(k) for k in state[name])  # noqa: E731
+        return cls(int(state["next"]), whole("pending"), whole("bad"))
+
+
+class _Prefetched:
+    """Runs a generator in a thread, `depth` items ahead of the consumer."""
+
+    def __init__(self, items: Iterator, depth: int):
+        self._items = items
+        self._ready: queue.Queue = queue.Queue(depth)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="vlm-batches", daemon=True)
+        self._failed: BaseException | None = None
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            for item in self._items:
+                if not self._put((item, None)):
+                    return
+        except BaseException as error:  # whatever it is, the consumer must see it
+            self._put((None, error))
+        finally:
+            self._items.close()
+
+    def _put(self, item) -> bool:
+        while not self._stop.is_set():
+            with contextlib.suppress(queue.Full):
+                self._ready.put(item, timeout=0.1)
+                return True
+        return False
+
+    def __next__(self):
+        if self._failed is None:
+            item, self._failed = self._ready.get()
+        if self._failed is not None:
+            raise self._failed
+        return item
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+def load_tokenizer(config: Config) -> Tokenizer:
+    """The config's tokenizer.
+
+    Raises:
+      ConfigError: it has more ids than the decoder has embeddings, or cannot be read.
+    """
+    tokenizer = tokenizers.load(config.data.tokenizer)
+    if tokenizer.size > config.model.decoder.vocab:
+        raise ConfigError(
+            f"config.model.decoder.vocab is {config.model.decoder.vocab}; the tokenizer "
+            f"{config.data.tokenizer!r} needs at least {tokenizer.size}"
+        )
+    return tokenizer
+
+
+def _stream(config: Config, opened: Mapping[str, sources.Source], tokenizer: Tokenizer):
+    """Document k of training, for every k, as a Grain dataset with random access."""
+    # Here and not above: Grain imports jax where jax is installed, and rendering needs none of it.
+    import grain
+
+    def render(drawn: tuple[str, int], rng: np.random.Generator) -> Document:
+        name, index = drawn
+        return documents.document(opened[name].example(index, rng), config, tokenizer, rng)
+
+    def shuffled(name: str):
+        seed = (config.seed + zlib.crc32(name.encode())) % 2**32
+        order = grain.MapDataset.range(len(opened[name])).shuffle(seed=seed).repeat()
+        return order.map(lambda index: (name, int(index)))
+
+    names = list(opened)
+    mixed = grain.MapDataset.mix(
+        [shuffled(name) for name in names], [config.data.mixture[name] for name in names]
+    )
+    return mixed.random_map(render, seed=config.seed % 2**32)
+
+
+def _reader(dataset, start: int, config: Config):
+    """Documents `start` and on, in order, made by `data.threads` threads."""
+    import grain
+
+    threads = config.data.threads
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=8 * threads)
+    reader = iter(dataset.to_iter_dataset(options, allow_nones=False))
+    reader.set_state({"next_index": start})
+    return reader
+
+
+def _fingerprint(
+    config: Config, split: str, opened: Mapping[str, sources.Source], tokenizer: Tokenizer
+) -> dict[str, Any]:
+    """All that decides which documents come in which order, as plain JSON."""
+    data = config.data
+    return {
+        "version": _VERSION,
+        "seed": config.seed,
+        "split": split,
+        "mixture": {name: data.mixture[name] for name in opened},
+        "examples": {name: len(source) for name, source in opened.items()},
+        "tokenizer": tokenizer.fingerprint,
+        "template": data.template,
+        "attention": data.attention,
+        "images": data.images,
+        "rows": data.rows,
+        "tokens": data.tokens,
+        "images_per_row": data.images_per_row,
+        "visual_tokens": config.model.visual_tokens,
+        "image_size": config.model.encoder.image_size,
+        "pool": data.pool,
+    }
+
+
+def _require_supervision(batch: Batch, info: Info) -> None:
+    if batch.loss_weights.any():
+        return
+    keys = [key for row in info.documents for key, _ in row]
+    shown = ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
+    raise DataError(f"a batch has nothing to learn from (rejected: {info.rejects}): {shown}")
+
+
+# Held-out examples -----------------------------------------------------------------------------
+
+
+def eval_examples(config: Config, split: str, kind: str, limit: int = 0) -> list[Example]:
+    """Held-out examples, the same in every run and at every step.
+
+    Args:
+      config: its mixture says which source a kind is of.
+      split: e.g. "validation".
+      kind: e.g. "caption", or a whole source name.
+      limit: how many, spread over the split; 0 = all.
+    """
+    source = sources.open_source(_source_of(config, kind), split, 0)
+    indices = np.arange(len(source))
+    if limit and limit < len(source):
+        order = np.random.default_rng(_EVAL_SEED).permutation(len(source))
+        indices = np.sort(order[:limit])
+    return [source.example(int(i), np.random.default_rng((_EVAL_SEED, int(i)))) for i in indices]
+
+
+def eval_batches(
+    config: Config, split: str, kind: str, limit: int = 0, images: str = "right"
+) -> Iterator[tuple[Batch, Info]]:
+    """Batches of held-out examples, one document per row, the last batch filled with empty rows.
+
+    Args:
+      config, split, kind, limit: as for `eval_examples`, whose order the rows keep.
+      images: "right", "shuffled" (the pictures of another example of the kind) or "none".
+
+    Raises:
+      ConfigError: an unknown kind, split or `images`.
+      DataError: "shuffled" where all examples show the same pictures.
+    """
+    if images not in ("right", "shuffled", "none"):
+        raise ConfigError(f"images is {images!r}; expected 'right', 'shuffled' or 'none'")
+    examples = eval_examples(config, split, kind, limit)
+    if images == "shuffled":
+        examples = shuffle_images(examples)
+    if images == "none":
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, images=False))
+    tokenizer = load_tokenizer(config)
+    rendered = [documents.render(example.turns, config, tokenizer) for example in examples]
+    shape = _one_per_row(config, tokenizer, rendered)
+    for part in _chunks(examples, shape.rows):
+        rows = [[documents.document(example, config, tokenizer)] for example in part]
+        rejects = collections.Counter((d.source, why) for (d,) in rows for why in d.rejects)
+        yield packing.assemble(rows, shape), Info(packing.names(rows), dict(rejects))
+
+
+def shuffle_images(examples: Sequence[Example]) -> list[Example]:
+    """Every example with the pictures of another one, never its own.
+
+    The other one is half the list away, or the next after it that shows something else.
+
+    Raises:
+      DataError: all examples show the same pictures.
+    """
+    count = len(examples)
+
+    def donor(index: int) -> Example:
+        for step in range(count):
+            other = examples[(index + count // 2 + step) % count]
+            if other.images and not set(other.images) & set(examples[index].images):
+                return other
+        raise DataError(f"none of {count} examples has other pictures than {examples[index].key}")
+
+    def swapped(index: int, example: Example) -> Example:
+        given = itertools.islice(itertools.cycle(donor(index).images), len(example.images))
+        return dataclasses.replace(example, images=tuple(given))
+
+    return [swapped(i, e) if e.images else e for i, e in enumerate(examples)]
+
+
+# Prompts ---------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """What generation starts from: turns that end with the user's, and their pictures."""
+
+    turns: tuple[Turn, ...]
+    images: tuple[Image, ...] = ()
+
+
+def prompt_of(example: Example) -> Prompt:
+    """An example up to its last answer."""
+    last = max(i for i, turn in enumerate(example.turns) if turn.role == "assistant")
+    return Prompt(example.turns[:last], example.images)
+
+
+def ask(text: str, *images: Image) -> Prompt:
+    """A prompt of one turn: the images, then the text."""
+    refs = tuple(ImageRef(i) for i in range(len(images)))
+    return Prompt((Turn("user", refs + ((text,) if text else ())),), images)
+
+
+def prompt_batches(config: Config, prompts: Iterable[Prompt]) -> Iterator[Batch]:
+    """Prompts one per row, left-aligned, in order; the last batch is filled with empty rows.
+
+    Raises:
+      DataError: a picture cannot be used, or a prompt is too long.
+    """
+    prompts, tokenizer = list(prompts), load_tokenizer(config)
+    rendered = [documents.render(p.turns, config, tokenizer, reply=True) for p in prompts]
+    shape = _one_per_row(config, tokenizer, rendered)
+    make = functools.partial(documents.prompt_document, config=config, tokenizer=tokenizer)
+    for part in _chunks(prompts, shape.rows):
+        yield packing.assemble([[make(p.turns, p.images)] for p in part], shape)
+
+
+def _one_per_row(config: Config, tokenizer: Tokenizer, rendered) -> packing.Shape:
+    """The smallest common shape, on a grid of lengths, of documents that get a row each."""
+    longest = max((len(r.tokens) for r in rendered), default=1)
+    images = max((len(r.image_spans) for r in rendered), default=0)
+    return packing.shape_of(
+        config,
+        tokenizer.pad,
+        rows=config.eval.rows,
+        tokens=min(-(-longest // LENGTH_STEP) * LENGTH_STEP, config.data.tokens),
+        images=min(images, config.data.images_per_row),
+    )
+
+
+def _chunks(items: Sequence, size: int) -> Iterator[Sequence]:
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def _source_of(config: Config, kind: str) -> str:
+    """The source name of a kind: the mixture's own, else the first there is."""
+    if ":" in kind:
+        return kind
+    known = [*config.data.mixture, *sources.names()]
+    return next((name for name in known if name.partition(":")[2] == kind), kind)

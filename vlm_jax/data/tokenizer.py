@@ -1,0 +1,122 @@
+"""Tokenizers: the embedded one of the tiny models, and any Hugging Face `tokenizer.json`."""
+
+import dataclasses
+import functools
+import hashlib
+import pathlib
+from collections.abc import Sequence
+
+import tokenizers
+
+from vlm_jax.errors import ConfigError
+
+EMBEDDED = pathlib.Path(__file__).parent / "embedded" / "tokenizer.json"
+
+# The names that published tokenizers use, the most specific first; the first one present is taken.
+SPECIALS = {
+    "pad": ("<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>", "</s>"),
+    "bos": ("<bos>", "<s>", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>"),
+    "eos": ("<eos>", "</s>", "<|end_of_text|>", "<|im_end|>", "<|endoftext|>"),
+}
+# Only a placeholder: what stands there is replaced by visual tokens, so any id will do.
+IMAGE = ("<image>", "<|image|>", "<image_soft_token>", "<|image_pad|>")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """Text to ids and back.
+
+    Attributes:
+      pad, bos, eos, image: special ids.
+      size: rows that an embedding table needs.
+      fingerprint: of the file, so that a resumed run notices another tokenizer.
+    """
+
+    backend: tokenizers.Tokenizer = dataclasses.field(repr=False)
+    pad: int
+    bos: int
+    eos: int
+    image: int
+    size: int
+    fingerprint: str
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text; special tokens spelled out in it are read as ordinary text."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode_with_starts(self, text: str) -> tuple[list[int], list[int]]:
+        """Ids, and for each the character of `text` at which it starts."""
+        encoding = self.backend.encode(text, add_special_tokens=False)
+        return encoding.ids, [start for start, _ in encoding.offsets]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids, special tokens left out."""
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def special(self, name: str) -> int:
+        """Id of a token by its exact name.
+
+        Raises:
+          ConfigError: the tokenizer has no such token.
+        """
+        found = self.backend.token_to_id(name)
+        if found is None:
+            raise ConfigError(
+                f"the tokenizer has no token {name!r}, which the chat template needs: choose "
+                "another data.template, or a tokenizer that has it"
+            )
+        return found
+
+
+@functools.cache
+def load(name: str) -> Tokenizer:
+    """A tokenizer by name.
+
+    Args:
+      name: "embedded", or the path of a Hugging Face tokenizer.json or of the folder it is in.
+
+    Raises:
+      ConfigError: no such file, not a tokenizer, or it lacks a special token.
+    """
+    path = EMBEDDED if name == "embedded" else pathlib.Path(name)
+    if path.is_dir():
+        path = path / "tokenizer.json"
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            f"config.data.tokenizer is {name!r}: {error.strerror or error}; expected 'embedded' or "
+            "the path of a tokenizer.json"
+        ) from error
+    try:
+        backend = tokenizers.Tokenizer.from_buffer(data)
+    except Exception as error:  # the library raises bare Exceptions
+        raise ConfigError(f"config.data.tokenizer is {name!r}, not a tokenizer: {error}") from error
+    return _wrap(backend, name, hashlib.sha256(data).hexdigest()[:16])
+
+
+def _wrap(backend: tokenizers.Tokenizer, name: str, fingerprint: str) -> Tokenizer:
+    backend.no_padding()
+    backend.no_truncation()
+    # A caption that says "<eos>" must not end the document.
+    backend.encode_special_tokens = True
+    ids = {role: _first(backend, candidates) for role, candidates in SPECIALS.items()}
+    for role, found in ids.items():
+        if found is None:
+            raise ConfigError(
+                f"config.data.tokenizer {name!r} has no {role} token: looked for "
+                f"{', '.join(SPECIALS[role])}; add one of them to its added_tokens"
+            )
+    image = _first(backend, IMAGE)
+    return Tokenizer(
+        backend=backend,
+        image=ids["pad"] if image is None else image,
+        size=max(backend.get_vocab(with_added_tokens=True).values()) + 1,
+        fingerprint=fingerprint,
+        **ids,
+    )
+
+
+def _first(backend: tokenizers.Tokenizer, candidates: Sequence[str]) -> int | None:
+    found = (backend.token_to_id(name) for name in candidates)
+    return next((i for i in found if i is not None), None)
