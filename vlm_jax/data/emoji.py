@@ -1,0 +1,365 @@
+"""The embedded data as Examples: emoji and rendered words, seven kinds, four splits.
+
+Records come from the ArrayRecord shards in `embedded/` (built by `tools/build_embedded.py`,
+described in `embedded/DATASHEET.md`). A source is a pure function of (split, kind, index, seed):
+`EmojiSource("train", "choice")[7]` is always the same Example, and `example(7, rng)` draws
+another question about the same picture. Names that a question mentions come from pictures drawn
+like the right answers are, so that the text alone says nothing.
+"""
+
+import dataclasses
+import functools
+import importlib.resources
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import msgpack
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader
+from jaxtyping import UInt8
+
+from vlm_jax.data import scenes
+from vlm_jax.data.example import Example, ImageRef, Part, Turn
+from vlm_jax.errors import ConfigError
+
+SPLITS = ("train", "validation", "unseen_style", "unseen_concept")
+KINDS = ("caption", "group", "yes_no", "choice", "scene", "reading", "compare")
+COUNTS = ("one", "two", "three", "four", "five")
+YES_NO = ("yes", "no")
+ORDINALS = ("first", "second")
+
+# Every text that a question can be. {name} and {other} are captions, {relation} is one of
+# scenes.RELATIONS; options are joined by "; " because captions contain commas.
+QUESTIONS = {
+    "group": ("which group is it?", "what kind of thing is it?", "name its group."),
+    "yes_no": ("is it {name}?", "is this {name}?", "does it show {name}?"),
+    "choice": ("which is it: {options}?", "choose one: {options}.", "what is it: {options}?"),
+    "count": ("how many are there?", "how many {name}?", "count them."),
+    "relation": ("is {name} {relation} {other}?", "does {name} stand {relation} {other}?"),
+    "neighbour": ("what is {relation} {name}?", "what stands {relation} {name}?"),
+    "reading": ("what does it say?", "read the word.", "which word is it?"),
+    "same": ("do both show the same thing?", "are they the same?", "is it the same thing twice?"),
+    "which": ("which one shows {name}?", "which picture is {name}?", "where is {name}?"),
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Record:
+    """One embedded picture: 64x64 RGBA PNG bytes and what is known about it.
+
+    Attributes:
+      key: the concept, an emoji's hexcode or "word-" and the word.
+      root: the concept that stands for all that share its caption or picture.
+      style: the artist ("noto", "twemoji", "fluent") or the font.
+    """
+
+    key: str
+    root: str
+    style: str
+    caption: str
+    tags: tuple[str, ...]
+    group: str
+    subgroup: str
+    split: str
+    image: bytes
+
+    @property
+    def flag(self) -> bool:
+        return self.group == "flags"
+
+
+@functools.cache  # records live as long as the process; a shrunk picture takes 2 to 4 kB
+def thumbnail(record: Record, size: int) -> UInt8[np.ndarray, "size size 4"]:
+    """The record's picture as scenes place it."""
+    return scenes.thumbnail(record.image, size)
+
+
+def embedded(name: str):
+    """A file of the embedded data, as `importlib.resources` sees it."""
+    return importlib.resources.files("vlm_jax.data") / "embedded" / name
+
+
+@functools.cache
+def load_records(corpus: str) -> tuple[Record, ...]:
+    """All records of "emoji" or "words", in shard order."""
+    shards = json.loads(embedded("manifest.json").read_text())["shards"]
+    names = [shard["name"] for shard in shards if shard["name"].startswith(f"{corpus}-")]
+    return tuple(record for name in names for record in read_shard(name))
+
+
+def read_shard(name: str) -> list[Record]:
+    """The records of one shard."""
+    with importlib.resources.as_file(embedded(name)) as path:
+        reader = ArrayRecordReader(str(path))
+        fields = [msgpack.unpackb(data) for data in reader.read_all()]
+        reader.close()
+    return [Record(**{**field, "tags": tuple(field["tags"])}) for field in fields]
+
+
+class Pool:
+    """Records to draw from at random, wholly or within a group, subgroup or style."""
+
+    def __init__(self, records: Sequence[Record]):
+        self.records = tuple(records)
+        self._by: dict[Any, list[Record]] = {}
+        for record in records:
+            for field in ("group", "subgroup", "style", "key"):
+                self._by.setdefault((field, getattr(record, field)), []).append(record)
+
+    def where(self, field: str, value: str) -> Sequence[Record]:
+        return self._by.get((field, value), ())
+
+    def other(
+        self, taken: Sequence[Record], rng: np.random.Generator, among: Sequence[Record] = ()
+    ) -> Record:
+        """A record whose concept and caption differ from those of all `taken`.
+
+        Looks `among` the given ones first and falls back to the whole pool where they hold
+        nothing else (a subgroup of one concept).
+        """
+        for place in (among, self.records):
+            for _ in range(16 if place else 0):
+                record = place[int(rng.integers(len(place)))]
+                if all(record.root != t.root and record.caption != t.caption for t in taken):
+                    return record
+        raise ValueError(f"a pool of {len(self.records)} records has no concept beside {taken}")
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """What the questions of one split may use.
+
+    Attributes:
+      anchors: the split's pictures, one Example each.
+      names: where other captions and the second pictures of comparisons come from: what `train`
+        shows, and for `unseen_concept` that split itself, since a familiar name would give itself
+        away beside an unseen one.
+    """
+
+    anchors: Pool
+    names: Pool
+
+
+@functools.cache
+def world(corpus: str, split: str) -> World:
+    """The pools of one split, built once per process."""
+    if split not in SPLITS:
+        raise ConfigError(f"unknown split {split!r}; the embedded data has {', '.join(SPLITS)}")
+    records = load_records(corpus)
+    names = split if split == "unseen_concept" else "train"
+    return World(
+        anchors=Pool([r for r in records if r.split == split]),
+        names=Pool([r for r in records if r.split == names]),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Draft:
+    """A drawn question: what differs between kinds. `question` is "" for captions."""
+
+    images: tuple[bytes, ...]
+    question: str
+    answer: str
+    image_texts: tuple[str, ...] = ()
+    meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def pick(options: Sequence, rng: np.random.Generator):
+    """One of `options`, uniformly."""
+    return options[int(rng.integers(len(options)))]
+
+
+def ask(form: str, rng: np.random.Generator, **fields: str) -> str:
+    """One of the phrasings of a form, filled in."""
+    return pick(QUESTIONS[form], rng).format(**fields)
+
+
+def single(record: Record, question: str, answer: str, **meta: Any) -> Draft:
+    """A question about one picture."""
+    return Draft((record.image,), question, answer, (record.caption,), meta)
+
+
+def caption(record: Record, here: World, rng: np.random.Generator) -> Draft:
+    """The picture alone; its CLDR name is the answer."""
+    return single(record, "", record.caption)
+
+
+def group(record: Record, here: World, rng: np.random.Generator) -> Draft:
+    """Which of the nine emoji groups."""
+    return single(record, ask("group", rng), record.group)
+
+
+def reading(record: Record, here: World, rng: np.random.Generator) -> Draft:
+    """Which word is written."""
+    return single(record, ask("reading", rng), record.caption)
+
+
+def yes_no(record: Record, here: World, rng: np.random.Generator) -> Draft:
+    """Is it ...? Half yes; of the wrong names, half come from the picture's subgroup."""
+    named = record
+    if rng.random() < 0.5:
+        close = here.names.where("subgroup", record.subgroup) if rng.random() < 0.5 else ()
+        named = here.names.other([record], rng, close)
+    answer = YES_NO[named is not record]
+    question = ask("yes_no", rng, name=named.caption)
+    return single(record, question, answer, options=YES_NO, named=named.caption)
+
+
+def choice(record: Record, here: World, rng: np.random.Generator) -> Draft:
+    """Four names in random order; half the time all of the picture's group."""
+    close = here.names.where("group", record.group) if rng.random() < 0.5 else ()
+    taken = [record]
+    for _ in range(3):
+        taken.append(here.names.other(taken, rng, close))
+    options = tuple(taken[i].caption for i in rng.permutation(4))
+    question = ask("choice", rng, options="; ".join(options))
+    return single(record, question, record.caption, options=options)
+
+
+def scene(record: Record, here: World, rng: np.random.Generator) -> Draft:
+    """Counting or a relation, half and half."""
+    return pick((count, relation), rng)(record, here, rng)
+
+
+def count(record: Record, here: World, rng: np.random.Generator) -> Draft:
+    """One to five copies of the picture."""
+    number = 1 + int(rng.integers(len(COUNTS)))
+    boxes = scenes.count_boxes(number, rng)
+    question = ask("count", rng, name=record.caption)
+    meta = {"form": "count", "options": COUNTS, "captions": (record.caption,) * number}
+    return draw_scene([(record, box) for box in boxes], question, COUNTS[number - 1], meta)
+
+
+def relation(record: Record, here: World, rng: np.random.Generator) -> Draft:
+    """Two pictures: does the asked relation hold, or what stands there."""
+    other = here.anchors.other([record], rng)
+    asked = pick(tuple(scenes.RELATIONS), rng)
+    form = pick(("relation", "neighbour"), rng)
+    meta = {"form": form, "relation": asked, "captions": (record.caption, other.caption)}
+    if form == "neighbour":
+        # The other is the answer, so it is what stands in the asked relation to the named one.
+        answer_box, named_box = scenes.pair_boxes(asked, rng)
+        question = ask(form, rng, name=record.caption, relation=asked)
+        placed = [(record, named_box), (other, answer_box)]
+        return draw_scene(placed, question, other.caption, meta)
+    answer = pick(YES_NO, rng)
+    true = asked if answer == "yes" else scenes.OPPOSITE[asked]
+    placed = list(zip((record, other), scenes.pair_boxes(true, rng), strict=True))
+    question = ask(form, rng, name=record.caption, relation=asked, other=other.caption)
+    return draw_scene(placed, question, answer, {**meta, "options": YES_NO})
+
+
+def draw_scene(
+    placed: Sequence[tuple[Record, scenes.Box]], question: str, answer: str, meta: Mapping
+) -> Draft:
+    """Composes and encodes the scene; its boxes go to `meta` in the order of `captions`."""
+    canvas = scenes.compose([(thumbnail(record, box.size), box) for record, box in placed])
+    boxes = tuple(dataclasses.astuple(box) for _, box in placed)
+    return Draft((scenes.encode(canvas),), question, answer, (), {**meta, "boxes": boxes})
+
+
+def compare(record: Record, here: World, rng: np.random.Generator) -> Draft:
+    """Two pictures in two styles, in random order: the same thing? Or: which one shows ...?"""
+    style = pick([r.style for r in others_of(record, here)], rng)
+    form, same = pick(("same", "which"), rng), rng.random() < 0.5
+    if form == "same" and same:
+        partner = next(r for r in others_of(record, here) if r.style == style)
+    else:
+        partner = other_in_style(record, style, here, rng)
+    shown = (record, partner) if rng.random() < 0.5 else (partner, record)
+    meta = {"form": form, "captions": tuple(r.caption for r in shown)}
+    if form == "same":
+        question, answer, options = ask(form, rng), YES_NO[partner.key != record.key], YES_NO
+    else:
+        # Either may be asked for: an unseen style must not give the answer away.
+        asked = int(rng.integers(2))
+        question, answer = ask(form, rng, name=shown[asked].caption), ORDINALS[asked]
+        options = ORDINALS
+    images = tuple(r.image for r in shown)
+    return Draft(images, question, answer, meta["captions"], {**meta, "options": options})
+
+
+def others_of(record: Record, here: World) -> list[Record]:
+    """The pictures of the same concept in other styles that this split may show beside it."""
+    return [r for r in here.names.where("key", record.key) if r.style != record.style]
+
+
+def other_in_style(record: Record, style: str, here: World, rng: np.random.Generator) -> Record:
+    """Another concept's picture of that style, half the time of the same group."""
+    among = here.names.where("style", style)
+    if rng.random() < 0.5:
+        among = [r for r in here.names.where("group", record.group) if r.style == style]
+    return here.names.other([record], rng, among)
+
+
+BUILDERS: Mapping[str, Callable[[Record, World, np.random.Generator], Draft]] = {
+    "caption": caption,
+    "group": group,
+    "yes_no": yes_no,
+    "choice": choice,
+    "scene": scene,
+    "reading": reading,
+    "compare": compare,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class EmojiSource:
+    """Random access to the Examples of one kind in one split.
+
+    Attributes:
+      split: one of SPLITS.
+      kind: one of KINDS.
+      seed: which questions `source[i]` asks; the pictures do not depend on it.
+
+    Raises:
+      ConfigError: an unknown split or kind.
+    """
+
+    split: str
+    kind: str
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.kind not in BUILDERS:
+            raise ConfigError(f"unknown kind {self.kind!r}; expected one of {', '.join(KINDS)}")
+        self._world()
+
+    def _world(self) -> World:
+        # Not stored: a source that travels to a worker process is then three small fields.
+        return world("words" if self.kind == "reading" else "emoji", self.split)
+
+    @functools.cached_property
+    def _anchors(self) -> Sequence[Record]:
+        here = self._world()
+        if self.kind == "compare":
+            return [r for r in here.anchors.records if others_of(r, here)]
+        return here.anchors.records
+
+    def __getstate__(self):
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+    def __len__(self) -> int:
+        return len(self._anchors)
+
+    def __getitem__(self, index: int) -> Example:
+        # Kind and split are in the seed so that question 7 is not alike everywhere.
+        place = KINDS.index(self.kind), SPLITS.index(self.split)
+        return self.example(index, np.random.default_rng((self.seed, index, *place)))
+
+    def example(self, index: int, rng: np.random.Generator) -> Example:
+        """The Example about anchor `index` whose question, names and layout `rng` draws."""
+        record = self._anchors[index]
+        draft = BUILDERS[self.kind](record, self._world(), rng)
+        pictures: tuple[Part, ...] = tuple(map(ImageRef, range(len(draft.images))))
+        asked = (draft.question,) if draft.question else ()
+        facts = {"flag": record.flag, "concept": record.key, "style": record.style}
+        return Example(
+            key=f"emoji/{self.kind}/{self.split}/{record.key}-{record.style}",
+            source=self.kind,
+            images=draft.images,
+            turns=(Turn("user", (*pictures, *asked)), Turn("assistant", (draft.answer,))),
+            image_texts=draft.image_texts,
+            meta={**facts, **draft.meta},
+        )
