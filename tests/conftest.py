@@ -1,0 +1,14 @@
+"""What every test needs before jax starts: a CPU that plays eight devices, and parsed flags."""
+
+import os
+
+from absl import flags
+
+# jax reads both once, when it is first imported.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+_DEVICES = "--xla_force_host_platform_device_count"
+if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}=8".strip()
+
+# grain asks absl for flags when it starts worker processes; pytest never parses them.
+flags.FLAGS.mark_as_parsed()
