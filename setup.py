@@ -29,6 +29,7 @@ INSTALL = [
     "jinja2>=3.1",
     "matplotlib>=3.9",
     "ml-collections>=1.1",
+    "msgpack>=1.1",
     "numpy>=2.0",
     "optax>=0.2.5",
     "orbax-checkpoint>=0.12",
@@ -69,7 +70,10 @@ setuptools.setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["vlm_jax", "vlm_jax.*"]),
-    package_data={"vlm_jax.data": ["embedded/*", "embedded/**/*"]},
+    package_data={
+        "vlm_jax.data": ["embedded/*", "embedded/**/*"],
+        "vlm_jax.evaluation": ["templates/*"],
+    },
     install_requires=INSTALL,
     extras_require=EXTRAS,
     classifiers=[
