@@ -104,8 +104,9 @@ one icon, and flags of territories.
 are `unseen_concept` in every style; of 20 % the {held_out_style} picture is `unseen_style`, of 10 %
 `validation`, while `train` shows their other styles; the rest is `train`. A concept without
 {held_out_style} picture cannot be the middle two. Words are split alike with the font
-`{held_out_font}`; a word that is an emoji's caption follows that emoji. Choices between models are
-made on `validation` only.
+`{held_out_font}`; a word that is an emoji's caption follows that emoji. No caption of
+`unseen_concept` is a caption or tag elsewhere, except that a held-out word to read may be the tag
+of an emoji. Choices between models are made on `validation` only.
 
 | Pictures (of which flags) | {split_names} |
 |---|{rule}|

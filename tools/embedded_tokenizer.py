@@ -23,9 +23,11 @@ def question_texts(captions: list[str]) -> Iterable[str]:
 
 def training_texts(records: Iterable[dict]) -> list[str]:
     """Captions, tags, words, groups, questions and fixed answers that training can show."""
+    records = list(records)
     shown = [record for record in records if record["split"] == "train"]
+    hidden = {record["caption"] for record in records if record["split"] == "unseen_concept"}
     captions = sorted({record["caption"] for record in shown})
-    tags = sorted({tag for record in shown for tag in record["tags"]})
+    tags = sorted({tag for record in shown for tag in record["tags"]} - hidden)
     groups = sorted({record["group"] for record in shown})
     fixed = [*emoji.COUNTS, *emoji.YES_NO, *emoji.ORDINALS, *groups]
     # Captions twice, since an answer starts with a word where a question has " " before it.
