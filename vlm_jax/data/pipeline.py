@@ -93,7 +93,7 @@ class TrainStream:
           ConfigError: it belongs to another stream; names what differs.
         """
         saved = state["fingerprint"]
-        for name in sorted({*saved, *self._fingerprint}):
+        for name in {**self._fingerprint, **saved}:
             old, new = saved.get(name), self._fingerprint.get(name)
             if old != new:
                 raise ConfigError(
@@ -427,7 +427,8 @@ def prompt_batches(config: Config, prompts: Iterable[Prompt]) -> Iterator[Batch]
 def _one_per_row(config: Config, tokenizer: Tokenizer, rendered) -> packing.Shape:
     """The smallest common shape, on a grid of lengths, of documents that get a row each."""
     longest = max((len(r.tokens) for r in rendered), default=1)
-    images = max((len(r.image_spans) for r in rendered), default=0)
+    # A slot even where no example has an image: an encoder never meets an empty axis.
+    images = max([1, *(len(r.image_spans) for r in rendered)]) if config.data.images else 0
     return packing.shape_of(
         config,
         tokenizer.pad,

@@ -1,0 +1,279 @@
+"""Streams: order, resume, bad samples; held-out batches and prompts."""
+
+import collections
+import dataclasses
+import hashlib
+import json
+import pathlib
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+from vlm_jax.batch import Batch
+from vlm_jax.data import pipeline, sources, tokenizer
+from vlm_jax.data.example import ImageRef
+from vlm_jax.errors import ConfigError, DataError
+
+TOKENIZER = tokenizer.load("embedded")
+
+
+def digest(batch: Batch) -> str:
+    """A hash of every byte of a batch."""
+    state = hashlib.sha256()
+    for array in (*batch[:-1], *batch.images):
+        if array is not None:
+            state.update(repr((array.shape, array.dtype)).encode() + array.tobytes())
+    return state.hexdigest()
+
+
+def first(config, count: int) -> list[tuple[Batch, pipeline.Info]]:
+    with pipeline.train_stream(config) as stream:
+        return [next(stream) for _ in range(count)]
+
+
+def with_pictures(**data) -> dict:
+    """Fields for the embedded captions."""
+    return {"mixture": {"emoji:caption": 1.0}, "pool": 8, **data}
+
+
+def test_batches_are_a_function_of_seed_and_step_whatever_the_threads(small, spoiled):
+    runs = [[digest(b) for b, _ in first(small(threads=t), 6)] for t in (0, 1, 2)]
+    assert runs[0] == runs[1] == runs[2]
+    assert len(set(runs[0])) == 6
+    assert runs[0] != [digest(b) for b, _ in first(small(seed=8), 6)]
+
+
+@pytest.mark.parametrize("threads", [0, 1, 2])
+def test_a_stream_goes_on_where_its_state_says(small, spoiled, threads):
+    spoiled[2] = b"bad"  # resuming must not count it twice, nor forget it
+    config = small(threads=threads, bad_samples=0.5)
+    rng = np.random.default_rng(threads)
+    with pipeline.train_stream(config) as stream:
+        states, batches = [stream.get_state()], []
+        for _ in range(12):
+            batches.append(next(stream))
+            states.append(json.loads(json.dumps(stream.get_state())))
+        for at in rng.integers(0, 10, 3):
+            fresh = pipeline.train_stream(config)
+            for resumed in (fresh, stream):
+                resumed.set_state(states[at])
+                assert resumed.get_state() == states[at]
+                for k in (at, at + 1):
+                    batch, info = next(resumed)
+                    assert digest(batch) == digest(batches[k][0])
+                    assert info == batches[k][1]
+                    assert resumed.get_state() == states[k + 1]
+            fresh.close()
+
+
+def test_a_state_of_another_stream_is_refused_by_name(small, spoiled):
+    with pipeline.train_stream(small()) as stream:
+        state = stream.get_state()
+    changes = {
+        "tokens": ({"tokens": 128}, "tokens 96, this config 128"),
+        "seed": ({"seed": 9}, "seed 7, this config 9"),
+        "mixture": ({"mixture": {"made:one": 1.0}}, "mixture .*'made:two'"),
+        "pool": ({"pool": 13}, "pool 12, this config 13"),
+    }
+    for change, message in changes.values():
+        with pytest.raises(ConfigError, match=message):
+            pipeline.train_stream(small(**change)).set_state(state)
+    pipeline.train_stream(small(threads=2, bad_samples=0.5)).set_state(state)
+
+
+def test_every_document_is_seen_once_an_epoch_in_the_weights_asked_for(small, spoiled):
+    seen = collections.Counter(
+        document for _, info in first(small(), 24) for row in info.documents for document in row
+    )
+    one = sum(count for (_, source), count in seen.items() if source == "one")
+    two = sum(count for (_, source), count in seen.items() if source == "two")
+    # Each source goes round its 23 examples; the packer holds back at most its pool.
+    assert len(seen) == 46 and max(seen.values()) - min(seen.values()) <= 2 + 23 * 2 / 10
+    assert abs(one - 2 * two) <= 12
+    by_source = {
+        source: [count for (_, name), count in seen.items() if name == source]
+        for source in ("one", "two")
+    }
+    for counts in by_source.values():
+        assert max(counts) - min(counts) <= 2
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_a_bad_picture_is_counted_and_changes_no_other_sample(small, spoiled, threads):
+    config = small(threads=threads, bad_samples=1.0)
+    good = first(config, 10)
+    spoiled[3] = b"not a picture"
+    bad = first(config, 10)
+    rejects = collections.Counter()
+    hit = 0
+    for (a, good_info), (b, bad_info) in zip(good, bad, strict=True):
+        assert good_info.documents == bad_info.documents and not good_info.rejects
+        rejects.update(bad_info.rejects)
+        keys = [[key for key, _ in row] for row in good_info.documents]
+        for row, names in enumerate(keys):
+            own = np.isin(a.segments[row], [i + 1 for i, n in enumerate(names) if n == "one/3"])
+            hit += own.any()
+            for field in Batch._fields[:7]:
+                same = getattr(a, field)[row] == getattr(b, field)[row]
+                assert same.all() or (field == "loss_weights" and same[~own].all())
+            assert a.loss_weights[row, own].any() == own.any()
+            assert not b.loss_weights[row, own].any()
+            slots = np.unique(a.image_index[row, own & (a.image_index[row] >= 0)])
+            hidden = np.isin(a.images.patch_images[row], slots)
+            np.testing.assert_array_equal(
+                a.images.patches[row, ~hidden], b.images.patches[row, ~hidden]
+            )
+            assert not b.images.patches[row, hidden].any()
+    assert hit and set(rejects) == {("one", "not_an_image")}
+    assert rejects["one", "not_an_image"] >= 3 * hit
+
+
+def test_too_many_bad_samples_end_the_run(small, spoiled):
+    spoiled.update(dict.fromkeys(range(23), b""))
+    # About 2/3 of the mixture times 3/4 with images are bad; 20 of 10,000 may be.
+    with pytest.raises(DataError, match=r"21 of the last \d+ samples .*allows 20 in 10000.*empty"):
+        first(small(bad_samples=0.002, threads=2), 50)
+    assert DataError.exit_code == 65
+
+
+def test_a_batch_with_nothing_to_learn_names_its_samples(small, spoiled):
+    spoiled.update(dict.fromkeys(range(23), b""))
+    config = small(mixture={"made:one": 1.0}, bad_samples=1.0, tokens=24, rows=1)
+    with pytest.raises(DataError, match=r"nothing to learn from .*'empty'.*one/\d"):
+        first(config, 30)
+
+
+def test_no_picture_looks_the_same_in_two_epochs(small, spoiled):
+    shown = collections.defaultdict(list)
+    for batch, info in first(small(mixture={"made:one": 1.0}, rows=2), 30):
+        for row, names in enumerate(info.documents):
+            for segment, (key, _) in enumerate(names, start=1):
+                at = (batch.segments[row] == segment) & (batch.image_index[row] >= 0)
+                for slot in np.unique(batch.image_index[row, at])[:1]:
+                    here = batch.images.patch_images[row] == slot
+                    shown[key].append(batch.images.patches[row, here].tobytes())
+    assert min(map(len, shown.values())) >= 2
+    for looks in shown.values():
+        assert len(set(looks)) == len(looks)
+
+
+def test_text_only_batches_have_no_visual_tokens_and_no_images(small, spoiled):
+    for batch, _ in first(small(images=False), 3):
+        assert (batch.visual_index == -1).all() and (batch.image_index == -1).all()
+        assert not (batch.tokens == TOKENIZER.image).any() and batch.loss_weights.any()
+        assert batch.images.grids.shape == (3, 0, 2) and batch.images.patches.shape == (3, 0, 48)
+
+
+def test_closing_ends_the_threads(small, spoiled):
+    before = set(threading.enumerate())
+    stream = pipeline.train_stream(small(threads=2))
+    next(stream)
+    started = set(threading.enumerate()) - before
+    assert started
+    stream.close()
+    for thread in started:
+        thread.join(5)
+        assert not thread.is_alive()
+
+
+def test_unknown_sources_name_the_nearest(small):
+    with pytest.raises(ConfigError, match="did you mean emoji:caption"):
+        pipeline.train_stream(small(mixture={"emoji:captions": 1.0}))
+    with pytest.raises(ConfigError, match="it has train, validation"):
+        sources.open_source("emoji:caption", "test")
+
+
+def test_a_decoder_smaller_than_its_tokenizer_is_refused(small):
+    config = small(**with_pictures())
+    decoder = dataclasses.replace(config.model.decoder, vocab=64)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, decoder=decoder))
+    with pytest.raises(ConfigError, match=r"decoder\.vocab is 64; the tokenizer 'embedded' needs"):
+        pipeline.train_stream(config)
+
+
+# Held-out examples and prompts
+
+
+def evaluated(config, kind: str, limit: int, images: str = "right"):
+    return list(pipeline.eval_batches(config, "validation", kind, limit, images))
+
+
+def test_held_out_rows_are_the_examples_in_order_and_never_change(small):
+    config = dataclasses.replace(small(**with_pictures()), seed=1)
+    batches = evaluated(config, "choice", 40)
+    again = evaluated(dataclasses.replace(config, seed=2), "choice", 40)
+    assert [digest(b) for b, _ in batches] == [digest(b) for b, _ in again]
+    keys = [key for _, info in batches for ((key, _),) in info.documents]
+    assert keys == [e.key for e in pipeline.eval_examples(config, "validation", "choice", 40)]
+    assert len(set(keys)) == 40
+    for batch, _ in batches:
+        assert batch.tokens.shape == batches[0][0].tokens.shape
+        assert batch.tokens.shape[0] == config.eval.rows and batch.tokens.shape[1] % 32 == 0
+    last = batches[-1][0]
+    assert not last.segments[40 - config.eval.rows :].any()
+
+
+@pytest.mark.parametrize("kind", ["caption", "scene", "compare", "yes_no"])
+def test_shuffled_images_are_another_examples_and_the_text_stays(small, kind):
+    config = small(**with_pictures())
+    right, shuffled = (evaluated(config, kind, 33, how) for how in ("right", "shuffled"))
+    for (a, _), (b, _) in zip(right, shuffled, strict=True):
+        for field in Batch._fields[:7]:
+            np.testing.assert_array_equal(getattr(a, field), getattr(b, field))
+    examples = pipeline.eval_examples(config, "validation", kind, 33)
+    swapped = pipeline.shuffle_images(examples)
+    everything = {image for example in examples for image in example.images}
+    for old, new in zip(examples, swapped, strict=True):
+        assert len(old.images) == len(new.images) and not set(old.images) & set(new.images)
+        assert set(new.images) <= everything and old.turns == new.turns
+    assert len({e.images for e in swapped}) > len(swapped) // 2
+
+
+def test_pictures_that_cannot_be_swapped_are_an_error(small):
+    (example,) = pipeline.eval_examples(small(**with_pictures()), "validation", "caption", 1)
+    with pytest.raises(DataError, match="none of 2 examples has other pictures"):
+        pipeline.shuffle_images([example, example])
+
+
+def test_without_images_only_text_is_evaluated(small):
+    for batch, _ in evaluated(small(**with_pictures()), "yes_no", 5, "none"):
+        assert batch.images.grids.shape[1] == 0 and (batch.visual_index == -1).all()
+        assert batch.loss_weights.any()
+    with pytest.raises(ConfigError, match="expected 'right', 'shuffled' or 'none'"):
+        evaluated(small(**with_pictures()), "yes_no", 5, "wrong")
+
+
+def test_prompts_stand_one_per_row_from_the_left_without_their_answers(small):
+    config = small(**with_pictures())
+    examples = pipeline.eval_examples(config, "validation", "compare", 35)
+    prompts = [pipeline.prompt_of(example) for example in examples]
+    assert all(prompt.turns[-1].role == "user" for prompt in prompts)
+    batches = list(pipeline.prompt_batches(config, prompts))
+    rows = [
+        batch.tokens[row][batch.segments[row] > 0]
+        for batch in batches
+        for row in range(config.eval.rows)
+    ]
+    assert len(rows) == 64 and all(len(row) for row in rows[:35])
+    assert not any(len(row) for row in rows[35:])
+    for batch in batches:
+        assert (np.diff((batch.segments > 0).astype(int), axis=1) <= 0).all()
+    for row, example in zip(rows[:35], examples, strict=True):
+        assert row[-1] == TOKENIZER.special("<assistant>")
+        asked = example.turns[0].parts[-1]
+        assert TOKENIZER.decode(row) == asked
+
+
+def test_asking_puts_images_before_the_text():
+    prompt = pipeline.ask("why?", b"1", b"2")
+    assert prompt.turns[0].parts == (ImageRef(0), ImageRef(1), "why?")
+    assert pipeline.ask("", b"1").turns[0].parts == (ImageRef(0),)
+
+
+def test_importing_the_pipeline_loads_no_jax():
+    code = "import sys, vlm_jax.data.pipeline; sys.exit('jax' in sys.modules)"
+    root = pathlib.Path(__file__).parents[2]
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
