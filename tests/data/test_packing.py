@@ -1,12 +1,14 @@
 """Packing: rows are their documents, whole, and nothing else."""
 
+import itertools
+
 import numpy as np
 import pytest
 
 from vlm_jax.data import documents, packing, sources, tokenizer
 
 TOKENIZER = tokenizer.load("embedded")
-CONV = {"stem": "conv", "stem_widths": (8,)}
+CONV = {"stem": "conv"}
 
 
 def made(config, count: int) -> list[documents.Document]:
@@ -110,22 +112,28 @@ def test_a_row_that_does_not_fit_is_refused(small, spoiled):
         packing.assemble([[]] * 4, shape)
 
 
-def test_rows_take_the_oldest_first_then_the_largest_that_fits():
-    choose = lambda sizes, tokens, images: packing.choose(  # noqa: E731
-        sizes, lambda size: size, tokens, images
-    )
-    assert choose([(3, 0), (9, 0), (7, 0), (6, 0), (1, 0)], 10, 0) == [0, 2]
+def choose(sizes, tokens: int, images: int) -> list[int]:
+    return packing.choose(sizes, lambda size: size, tokens, images)
+
+
+def test_rows_take_the_oldest_and_what_fills_them():
+    assert choose([(3, 0), (9, 0), (6, 0), (5, 0), (2, 0)], 10, 0) == [0, 3, 4]
     assert choose([(3, 1), (7, 2), (5, 1), (2, 1)], 10, 2) == [0, 2]
-    assert choose([(4, 0), (3, 0), (3, 0)], 10, 0) == [0, 1, 2]
+    assert choose([(3, 0), (7, 0), (7, 1)], 10, 2) == [0, 2]
+    assert choose([(4, 0), (3, 0), (3, 0)], 12, 0) == [0, 1, 2]
     assert choose([], 10, 2) == []
 
 
-def test_no_choice_overfills_a_row_or_leaves_out_what_would_fit():
+def test_no_other_set_with_the_oldest_fits_better():
     rng = np.random.default_rng(0)
-    for _ in range(200):
-        sizes = list(zip(rng.integers(1, 30, 20), rng.integers(0, 4, 20), strict=True))
-        chosen = packing.choose(sizes, lambda size: size, 64, 5)
-        left = np.array([64, 5]) - np.sum([sizes[i] for i in chosen], axis=0)
-        assert 0 in chosen and len(set(chosen)) == len(chosen) and (left >= 0).all()
-        rest = [sizes[i] for i in range(20) if i not in chosen]
-        assert not any(t <= left[0] and n <= left[1] for t, n in rest)
+    for _ in range(100):
+        sizes = list(
+            zip(rng.integers(1, 30, 9).tolist(), rng.integers(0, 4, 9).tolist(), strict=True)
+        )
+        room = np.array([rng.integers(30, 90), rng.integers(3, 7)])
+        sets = [(0, *rest) for k in range(9) for rest in itertools.combinations(range(1, 9), k)]
+        totals = [np.sum([sizes[i] for i in chosen], axis=0) for chosen in sets]
+        best = max(tuple(total) for total in totals if (total <= room).all())
+        chosen = choose(sizes, *room.tolist())
+        assert chosen[0] == 0 and chosen == sorted(set(chosen))
+        assert tuple(np.sum([sizes[i] for i in chosen], axis=0)) == best

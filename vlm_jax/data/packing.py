@@ -64,9 +64,10 @@ Pending = TypeVar("Pending")
 def choose(
     pending: Sequence[Pending], size: Callable[[Pending], tuple[int, int]], tokens: int, images: int
 ) -> list[int]:
-    """Which of the pending documents fill the next row: the oldest, then whatever fits best.
+    """Which of the pending documents fill the next row: the oldest and the set that fits it best.
 
-    The oldest always goes first, so that no document waits for ever.
+    Best is exact: no other set leaves fewer tokens free, and none of the same length fewer image
+    slots. The oldest always goes, so that no document waits for ever.
 
     Args:
       pending: in order of arrival; the first must fit.
@@ -74,19 +75,31 @@ def choose(
       tokens, images: what a row holds.
 
     Returns:
-      Positions in `pending`.
+      Positions in `pending`, ascending.
     """
-    sizes = [size(document) for document in pending]
-    chosen: list[int] = []
-    candidates = list(range(len(pending)))
-    best = 0 if candidates else None
-    while best is not None:
-        chosen.append(best)
-        candidates.remove(best)
-        tokens, images = tokens - sizes[best][0], images - sizes[best][1]
-        candidates = [i for i in candidates if sizes[i][0] <= tokens and sizes[i][1] <= images]
-        best = max(candidates, key=lambda i: (sizes[i][0], -i), default=None)
+    if not pending:
+        return []
+    (first_tokens, first_images), *sizes = [size(document) for document in pending]
+    reach = _reachable(sizes, tokens - first_tokens, images - first_images)
+    left, free = max((sums.bit_length() - 1, n) for n, sums in enumerate(reach[0]) if sums)
+    chosen = [0]
+    for i, (length, count) in enumerate(sizes, start=1):
+        fits = length <= left and count <= free
+        if fits and reach[i][free - count] >> (left - length) & 1:
+            chosen.append(i)
+            left, free = left - length, free - count
     return chosen
+
+
+def _reachable(sizes: Sequence[tuple[int, int]], tokens: int, images: int) -> list[list[int]]:
+    """Bit t of [i][n]: some of `sizes[i:]` have t tokens and n images together (subset sum)."""
+    within = (1 << (tokens + 1)) - 1
+    reach = [[1] + [0] * images]
+    for length, count in reversed(sizes):
+        without = reach[-1]
+        taken = [0] * count + [sums << length & within for sums in without]
+        reach.append([a | b for a, b in zip(without, taken, strict=False)])
+    return reach[::-1]
 
 
 def assemble(rows: Sequence[Sequence[Document]], shape: Shape) -> Batch:
