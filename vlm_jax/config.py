@@ -7,6 +7,7 @@ into the typed tree that the rest of the code reads, and refuses what it does no
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -367,6 +368,13 @@ def check(config: Config) -> None:
         "model.encoder.image_size",
         encoder.image_size,
         f"a multiple of the patch size {encoder.patch}",
+    )
+    factor = math.prod(factor for factor, _, _ in encoder.stem_stages)
+    _require(
+        encoder.patch % factor == 0,
+        "model.encoder.stem_stages",
+        encoder.stem_stages,
+        f"factors whose product divides the patch size {encoder.patch}",
     )
     _require(
         encoder.width % encoder.heads == 0,

@@ -1,7 +1,7 @@
 """A model's parameters as a flat dict of arrays by path, and back.
 
 Rules, checkpoints and shardings all speak of one path, such as
-"decoder/stack/blocks/attention/query/kernel". Leaves below `blocks` are stacked over the layers.
+"decoder/stack/blocks/attention/query/kernel". Leaves below `stack/blocks` are stacked over layers.
 """
 
 import functools
@@ -25,10 +25,10 @@ AXES = (
     (r".*mlp/down/kernel", ("mlp", "embed")),
     (r"decoder/embedding", ("vocab", "embed")),
     (r"decoder/output/kernel", ("embed", "vocab")),
-    (r".*/(embed|project|layers/\d+)/kernel", (None, "embed")),
+    (r".*/(embed|project|layers/\d+|out)/kernel", (None, "embed")),
     (r"encoder/positions", (None, "embed")),
     (r"connector/queries", (None, "embed")),
-    (r".*/stem/kernels/\d+", (None, None, None, "embed")),
+    (r"encoder/stem/.*/conv", (None, None, None, "embed")),
     (r".*/(scale|bias|probe)", (None,)),
 )
 
@@ -41,7 +41,7 @@ def axes(path: str) -> tuple[str | None, ...]:
     """
     for pattern, logical in AXES:
         if re.fullmatch(pattern, path):
-            return ("layers", *logical) if "/blocks/" in path else logical
+            return ("layers", *logical) if "/stack/blocks/" in path else logical
     raise KeyError(f"no logical axes for parameter {path!r}: add a row to models.params.AXES")
 
 

@@ -4,7 +4,6 @@ A pre-norm ViT as in big_vision (models/vit.py): learned or sincos2d positions, 
 an optional attention-pooling head. n counts images, whatever row they came from.
 """
 
-import itertools
 import math
 
 import jax
@@ -52,35 +51,71 @@ class PatchStem(nnx.Module):
         return self.embed(patches.astype(encoder.dtype))
 
 
+class ConvBlock(nnx.Module):
+    """A residual 3x3 convolution: `x + out(act(norm(conv(x))))`."""
+
+    def __init__(self, encoder: Encoder, width: int, rngs: nnx.Rngs):
+        # He initialisation; one output in nine reaches any place, so fans count the window.
+        noise = jax.random.normal(rngs(), (3, 3, width, width))
+        self.conv = nnx.Param(noise * math.sqrt(2 / (9 * width)))
+        self.norm = LayerNorm(width, encoder.norm_eps)
+        self.out = Linear((width,), (width,), bias=True, rngs=rngs)
+        self.activation = encoder.activation
+
+    def __call__(self, x: Float[Array, "n h w C"]) -> Float[Array, "n h w C"]:
+        y = jax.lax.conv_general_dilated(
+            x,
+            self.conv[...].astype(x.dtype),
+            window_strides=(1, 1),
+            padding="SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        return x + self.out(ACTIVATIONS[self.activation](self.norm(y)))
+
+
+class ConvStage(nnx.Module):
+    """Gathers `factor` x `factor` places into channels, then residual convolutions."""
+
+    def __init__(self, encoder: Encoder, channels: int, stage: tuple, rngs: nnx.Rngs):
+        self.factor, width, blocks = stage
+        self.embed = Linear((channels * self.factor**2,), (width,), bias=True, rngs=rngs)
+        self.norm = LayerNorm(width, encoder.norm_eps)
+        self.blocks = nnx.List([ConvBlock(encoder, width, rngs) for _ in range(blocks)])
+        self.activation = encoder.activation
+
+    def __call__(self, x: Float[Array, "n h w C"]) -> Float[Array, "n _h _w _C"]:
+        x = ACTIVATIONS[self.activation](self.norm(self.embed(gather(x, self.factor))))
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
 class ConvStem(nnx.Module):
-    """3x3 convolutions of stride 2 with LayerNorm and activation, then a 1x1 to the width."""
+    """Stages of convolutions, then one matrix over what a patch has become (a hybrid ViT)."""
 
     def __init__(self, encoder: Encoder, rngs: nnx.Rngs):
-        channels = (3, *encoder.stem_widths)
-        pairs = list(itertools.pairwise(channels))
-        # He initialisation: nothing but the activation follows each convolution's norm.
-        self.kernels = nnx.List(
-            [
-                nnx.Param(jax.random.normal(rngs(), (3, 3, i, o)) * math.sqrt(2 / (9 * i)))
-                for i, o in pairs
-            ]
-        )
-        self.norms = nnx.List([LayerNorm(o, encoder.norm_eps) for _, o in pairs])
-        self.embed = Linear((channels[-1],), (encoder.width,), bias=True, rngs=rngs)
+        widths = (3, *(width for _, width, _ in encoder.stem_stages))
+        pairs = zip(widths[:-1], encoder.stem_stages, strict=True)
+        self.stages = nnx.List([ConvStage(encoder, c, stage, rngs) for c, stage in pairs])
+        self.factor = encoder.patch // math.prod(f for f, _, _ in encoder.stem_stages)
+        sizes = (widths[-1] * self.factor**2,), (encoder.width,)
+        self.embed = Linear(*sizes, bias=True, rngs=rngs)
 
     def __call__(self, images: Images, encoder: Encoder) -> Float[Array, "n P D"]:
         rows, slots, *shape = images.pixels.shape
         x = images.pixels.reshape(rows * slots, *shape).astype(encoder.dtype)
-        for kernel, norm in zip(self.kernels, self.norms, strict=True):
-            x = jax.lax.conv_general_dilated(
-                x,
-                kernel[...].astype(x.dtype),
-                window_strides=(2, 2),
-                padding="SAME",
-                dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            )
-            x = ACTIVATIONS[encoder.activation](norm(x))
-        return self.embed(x.reshape(x.shape[0], encoder.patches, -1))
+        for stage in self.stages:
+            x = stage(x)
+        x = self.embed(gather(x, self.factor))
+        return x.reshape(x.shape[0], encoder.patches, encoder.width)
+
+
+def gather(x: Float[Array, "n h w C"], factor: int) -> Float[Array, "n _h _w _C"]:
+    """Moves squares of `factor` x `factor` places into channels (space to depth)."""
+    n, height, width, channels = x.shape
+    x = x.reshape(n, height // factor, factor, width // factor, factor, channels)
+    x = x.transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(n, height // factor, width // factor, factor**2 * channels)
 
 
 STEMS = {"patch": PatchStem, "conv": ConvStem}

@@ -11,9 +11,10 @@ class Encoder:
       width, depth, mlp, heads: the usual sizes; the head dimension is width // heads.
       patch: side of a patch in pixels.
       image_size: side of the square image in pixels, a multiple of `patch`.
-      stem: "patch" embeds flattened patches by one matrix; "conv" runs 3x3 convolutions of stride 2
-        (Xiao et al. 2021, "Early convolutions help transformers see better") over whole pixels.
-      stem_widths: output channels of each stride-2 convolution before the last, for "conv".
+      stem: "patch" embeds flattened patches by one matrix; "conv" puts stages of residual 3x3
+        convolutions before it and reads whole pixels (a hybrid ViT, as in Dosovitskiy et al. 2021).
+      stem_stages: of "conv", (factor, width, blocks) each: gather factor x factor places into
+        channels, then that many residual convolutions; the factors' product divides `patch`.
       position: "learned" or "sincos2d" (MoCo-v3, temperature 1e4).
       activation: "gelu_tanh" (big_vision's and SigLIP's) or "gelu".
       norm_eps: of every LayerNorm.
@@ -34,7 +35,7 @@ class Encoder:
     patch: int = 16
     image_size: int = 224
     stem: str = "patch"
-    stem_widths: tuple[int, ...] = ()
+    stem_stages: tuple[tuple[int, int, int], ...] = ()
     position: str = "learned"
     activation: str = "gelu_tanh"
     norm_eps: float = 1e-6
