@@ -45,6 +45,7 @@ EXTRAS = {
     "tpu": jax_with("tpu"),
     "cuda": jax_with("cuda12"),
     # Purposes
+    "prepare": [],  # building data sets needs no more than a run does
     "pretrained": ["huggingface_hub>=0.30", "safetensors>=0.5"],
     "tracking": ["wandb>=0.19"],
     "notebooks": ["ipykernel>=6.29", "jupyterlab>=4.3", "nbclient>=0.10", "nbformat>=5.10"],

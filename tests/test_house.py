@@ -138,6 +138,17 @@ def test_what_is_imported_is_what_is_installed(packaging):
     assert not unused, f"in setup.py but imported nowhere in vlm_jax: {unused}"
 
 
+def test_what_the_tests_and_tools_import_is_pinned():
+    files = ["requirements.txt", "requirements-dev.txt", "requirements-check.txt"]
+    pinned = pins("3.12", *files).keys()
+    providers = importlib.metadata.packages_distributions()
+    for folder in ("tests", "tools", "configs"):
+        ours = {path.stem for path in (ROOT / folder).rglob("*.py")} | {"configs", "tests", "tools"}
+        for top, file in third_party(ROOT / folder).items():
+            names = {canonicalize_name(name) for name in providers.get(top, [top])}
+            assert top in ours or names & pinned, f"{file} imports {top}, which is not pinned"
+
+
 def test_models_and_parallel_name_only_jax_flax_jaxtyping_and_numpy():
     for room in ("models", "parallel"):
         beyond = {k: v for k, v in third_party(ROOT / "vlm_jax" / room).items() if k not in CORE}
