@@ -33,7 +33,15 @@ CONNECTOR = Connector(
     dtype="float32",
 )
 DECODER = llama(
-    "1m", width=192, mlp=512, heads=4, head_dim=48, dropout=0.1, dtype="float32", remat=False
+    "1m",
+    vocab=3072,
+    width=192,
+    mlp=512,
+    heads=4,
+    head_dim=48,
+    dropout=0.1,
+    dtype="float32",
+    remat=False,
 )
 
 

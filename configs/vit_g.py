@@ -1,6 +1,6 @@
 """ViT-g/14, Perceiver pooling to 64 tokens, a 7B decoder: the shapes a pod slice trains.
 
-    python -m vlm_jax.main --config=configs/vit_g.py --workdir=gs://...
+    python -m vlm_jax.main --config=configs/vit_g.py --workdir=runs/vit_g
     python -m vlm_jax.main --config=configs/vit_g.py:smoke --workdir=runs/smoke   # the same, tiny
 
 It reads the embedded pictures until `data.mixture` and `data.tokenizer` name your own.
@@ -48,7 +48,7 @@ def smoke(config):
     model.encoder.update(width=88, depth=3, mlp=384, heads=4, image_size=56, dtype="float32")
     model.connector.update(queries=8, layers=3, heads=4, kv_heads=1, dtype="float32")
     model.decoder.update(
-        vocab=2048, width=64, depth=3, mlp=172, heads=4, kv_heads=4, head_dim=16, dtype="float32"
+        vocab=3072, width=64, depth=3, mlp=172, heads=4, kv_heads=4, head_dim=16, dtype="float32"
     )
     config.data.update(rows=8, tokens=128, images_per_row=6, pool=64, threads=2)
     config.train.update(steps=20, lr=1e-3, warmup_steps=5, log_every=5)

@@ -180,6 +180,19 @@ class Checkpoint:
 
 
 @dataclasses.dataclass(frozen=True)
+class Tracking:
+    """Views of metrics.jsonl.
+
+    Attributes:
+      tensorboard: event files in the run's folder.
+      wandb: the Weights & Biases project to send to; "" = none. Needs the extra `tracking`.
+    """
+
+    tensorboard: bool = True
+    wandb: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class Eval:
     """What is measured inside the run.
 
@@ -232,6 +245,7 @@ class Config:
     train: Train = Train()
     adaptation: tuple[Rule, ...] = FULL
     checkpoint: Checkpoint = Checkpoint()
+    tracking: Tracking = Tracking()
     eval: Eval = Eval()
     parallel: Parallel = Parallel()
 

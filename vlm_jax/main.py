@@ -21,7 +21,7 @@ flags.mark_flags_as_required(["config", "workdir"])
 def main(argv: Sequence[str]) -> None:
     """Trains, scores and reports."""
     doors.no_arguments(argv)
-    run(doors.config(_CONFIG), Path(_WORKDIR.value))
+    run(doors.config(_CONFIG), Path(_WORKDIR.value).expanduser().absolute())
 
 
 def run(config: Config, workdir: Path) -> None:

@@ -1,0 +1,178 @@
+"""Whether a run fits its devices, answered from shapes before anything large is allocated."""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from vlm_jax.config import Config
+from vlm_jax.errors import ConfigError
+from vlm_jax.parallel import devices
+from vlm_jax.training.adaptation import Plan, readable
+from vlm_jax.training.state import State
+
+FLOAT32 = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Tower:
+    """What of a stack of transformer blocks decides its activations on one device.
+
+    Attributes:
+      name: first part of its parameters' paths.
+      sequences: sequences it reads in one step.
+      length: tokens of a sequence.
+      context: tokens a token looks at.
+      width, mlp, heads, depth, remat: of its preset.
+      item: bytes of a number in its computation.
+    """
+
+    name: str
+    sequences: int
+    length: int
+    context: int
+    width: int
+    mlp: float
+    heads: float
+    depth: int
+    remat: bool
+    item: int
+
+    @property
+    def residual(self) -> float:
+        """Bytes of the tokens between two blocks."""
+        return self.sequences * self.length * self.width * self.item
+
+    @property
+    def block(self) -> float:
+        """Bytes that the backward pass of one block needs.
+
+        Per token two norms, queries, keys, values, the attention's output and two residuals
+        (8 widths), and gate, up and their product (3 feed-forward widths); per head the scores and
+        their softmax in float32.
+        """
+        tokens = self.sequences * self.length
+        inner = tokens * (8 * self.width + 3 * self.mlp) * self.item
+        return inner + tokens * self.context * self.heads * 2 * FLOAT32
+
+    def activations(self, trained: bool) -> float:
+        """Bytes at the peak: with rematerialisation a residual per block and one block's inside."""
+        if not trained:
+            return self.block
+        if self.remat:
+            return self.depth * self.residual + self.block
+        return self.depth * self.block
+
+
+def needed(config: Config, plan: Plan, mesh: Mesh, state: State) -> dict[str, int]:
+    """Bytes per device of each part of a run.
+
+    Args:
+      config: the run.
+      plan: its adaptation.
+      mesh: its devices.
+      state: the abstract state with its shardings.
+
+    Returns:
+      parameters (float32 masters of what trains, the rest in its dtype), gradients, the moments of
+      AdamW, the average, and an estimate of the activations (see `Tower`; convolutional stems and
+      what the compiler adds are not counted).
+    """
+    trainable = _bytes(state.trainable)
+    parts = {
+        "parameters": trainable + _bytes(state.frozen),
+        "gradients": trainable,
+        "optimizer": _bytes(state.opt),
+        "average": _bytes(state.ema),
+        "activations": int(_activations(config, plan, mesh.shape)),
+    }
+    return {name: size for name, size in parts.items() if size}
+
+
+def check(config: Config, plan: Plan, mesh: Mesh, state: State, hint: str = "") -> dict[str, int]:
+    """`needed`, when the devices have it.
+
+    Raises:
+      ConfigError: they do not; names the bytes needed and present, their parts, and `hint`.
+    """
+    parts = needed(config, plan, mesh, state)
+    total, present = sum(parts.values()), devices.memory(mesh.local_devices)
+    if total <= present:
+        return parts
+    listed = ", ".join(f"{name} {readable(size)}" for name, size in parts.items())
+    kind = mesh.devices.flat[0].device_kind
+    raise ConfigError(
+        f"{config.name} needs {total:,} bytes ({readable(total)}) per device and each of the "
+        f"{mesh.size} devices ({kind}) has {present:,} ({readable(present)}). It needs {listed}. "
+        "Run on more devices with a larger config.parallel.fsdp or .tensor, lower config.data.rows, "
+        f"or freeze more in config.adaptation{f'; {hint}' if hint else ''}"
+    )
+
+
+def _bytes(tree) -> int:
+    """Bytes per device of a tree of shapes with shardings."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _activations(config: Config, plan: Plan, mesh: Mapping[str, int]) -> float:
+    rows = math.ceil(config.data.rows / (mesh["data"] * mesh["fsdp"]))
+    total, trained = 0.0, False
+    for tower in _towers(config, rows, mesh["tensor"]):
+        # Gradients flow through a tower where anything trains in it or below it.
+        trained = trained or any(path.startswith(f"{tower.name}/") for path in plan.lr)
+        total += tower.activations(trained)
+    vocab = config.model.decoder.vocab / mesh["tensor"]
+    logits_and_gradient = 2 * rows * config.data.tokens * vocab * FLOAT32
+    return total + logits_and_gradient
+
+
+def _towers(config: Config, rows: int, tensor: int) -> Iterator[Tower]:
+    """The towers that a step runs, from the pixels up."""
+    model, data = config.model, config.data
+    encoder, connector, decoder = model.encoder, model.connector, model.decoder
+    item = lambda preset: jnp.dtype(preset.dtype).itemsize  # noqa: E731
+    if data.images:
+        yield Tower(
+            "encoder",
+            sequences=rows * data.images_per_row,
+            length=encoder.patches,
+            context=encoder.patches,
+            width=encoder.width,
+            mlp=encoder.mlp / tensor,
+            heads=encoder.heads / tensor,
+            depth=encoder.depth,
+            remat=encoder.remat,
+            item=item(encoder),
+        )
+        width = connector.width or decoder.width
+        resampler = connector.kind == "perceiver"
+        yield Tower(
+            "connector",
+            sequences=rows * data.images_per_row,
+            length=model.visual_tokens,
+            context=encoder.patches + model.visual_tokens if resampler else 0,
+            width=width,
+            mlp=(connector.hidden or 4 * width) / tensor,
+            heads=connector.heads / tensor,
+            depth=connector.layers,
+            remat=connector.remat and resampler,
+            item=item(connector),
+        )
+    yield Tower(
+        "decoder",
+        sequences=rows,
+        length=data.tokens,
+        context=data.tokens,
+        width=decoder.width,
+        mlp=decoder.mlp / tensor,
+        heads=decoder.heads / tensor,
+        depth=decoder.depth,
+        remat=decoder.remat,
+        item=item(decoder),
+    )

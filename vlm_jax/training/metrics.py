@@ -1,0 +1,174 @@
+"""metrics.jsonl, the truth about a run, and the views of it that were asked for."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+
+from vlm_jax.config import Config
+from vlm_jax.data.packing import Info
+from vlm_jax.errors import ConfigError
+
+FILE = "metrics.jsonl"
+
+Row = dict[str, Any]
+
+
+def row(step: int, sums: Mapping[str, Any], info: Info) -> Row:
+    """A step's line, from the sums of `objectives.losses` on the host.
+
+    `loss` is nats per supervised token; `objective` is what was minimised (with label smoothing and
+    the auxiliary loss).
+    """
+    weight = max(float(sums["weight"]), 1.0)
+    line = {
+        "step": step,
+        "loss": float(sums["nll"]) / weight,
+        "objective": float(sums["loss"]),
+        "accuracy": float(sums["correct"]) / weight,
+        "grad_norm": float(sums["grad_norm"]),
+        "learning_rate": float(sums["learning_rate"]),
+        "supervised": float(sums["weight"]),
+        "tokens": int(sums["tokens"]),
+        "images": int(sums["images"]),
+        "padding": 1.0 - int(sums["tokens"]) / int(sums["positions"]),
+    }
+    if "words_nll" in sums:
+        line["words_loss"] = float(sums["words_nll"]) / max(int(sums["words_images"]), 1)
+    if info.rejects:
+        rejects = sorted(info.rejects.items())
+        line["rejects"] = {f"{source}/{reason}": count for (source, reason), count in rejects}
+    return line
+
+
+class View(Protocol):
+    """Another place where metrics are shown."""
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Metrics:
+    """Appends lines to metrics.jsonl and shows them in the views; only the first host writes.
+
+    Args:
+      workdir: the run's folder.
+      config: the run; `train.tracking` names the views.
+      step: where the run stands; what a killed process logged after it is dropped, so that the
+        file reads like that of an unbroken run.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, config: Config, step: int):
+        self._file, self._views = None, []
+        if jax.process_index() == 0:
+            path = Path(workdir) / FILE
+            _drop_after(path, step)
+            self._file = path.open("a")
+            self._views = [
+                VIEWS[name](Path(workdir), config, step) for name in config.train.tracking
+            ]
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._file is not None:
+            self._file.close()
+        for view in self._views:
+            view.close()
+
+    def write(self, line: Row, show: bool = True) -> None:
+        """Appends a line; `show` also sends it to the views."""
+        if self._file is None:
+            return
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        if show:
+            for view in self._views:
+                view.write(line["step"], scalars(line))
+
+    def sync(self) -> None:
+        """Puts all lines on the disk, so that none is older than the checkpoint that follows."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
+
+def scalars(line: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """The numbers of a line by name, nested ones as "outer/inner", without the step."""
+    found = {}
+    for name, value in line.items():
+        if isinstance(value, Mapping):
+            found |= scalars(value, f"{prefix}{name}/")
+        elif name != "step":
+            found[f"{prefix}{name}"] = float(value)
+    return found
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Keeps the whole lines up to `step`; the file is replaced in one piece."""
+    if not path.exists():
+        return
+    whole = path.with_suffix(".tmp")
+    with path.open() as old, whole.open("w") as new:
+        for line in old:
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
+                new.write(line)
+        new.flush()
+        os.fsync(new.fileno())
+    whole.replace(path)
+
+
+class TensorBoard:
+    """Event files in workdir/tensorboard."""
+
+    def __init__(self, workdir: Path, config: Config, step: int):
+        import tensorboardX
+
+        # What was logged after the step we continue from is hidden.
+        folder, purge = str(workdir / "tensorboard"), step + 1 if step else None
+        self._writer = tensorboardX.SummaryWriter(folder, purge_step=purge)
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandB:
+    """A Weights & Biases run; its id is kept in the workdir, so that it is continued."""
+
+    def __init__(self, workdir: Path, config: Config, step: int):
+        try:
+            import wandb
+        except ImportError as error:
+            raise ConfigError(
+                "config.train.tracking asks for wandb, which is not installed; install the extra "
+                '"tracking", or leave it out'
+            ) from error
+        from vlm_jax.config import plain
+
+        kept = workdir / "wandb_id"
+        self._run = wandb.init(
+            project="vlm_jax",
+            name=config.name,
+            id=kept.read_text() if kept.exists() else None,
+            resume="allow",
+            dir=str(workdir),
+            config=plain(config),
+        )
+        kept.write_text(self._run.id)
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        self._run.log(dict(scalars), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+VIEWS = {"tensorboard": TensorBoard, "wandb": WandB}

@@ -1,0 +1,103 @@
+"""What is minimised, and the sums that metrics are made of.
+
+Axes: B rows, T text positions, V vocabulary, N images, Q visual tokens, S tokens of an image text.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from vlm_jax.batch import Batch
+from vlm_jax.config import Config
+from vlm_jax.models.vlm import VLM
+
+Sums = dict[str, Array]
+
+
+def losses(
+    vlm: VLM, batch: Batch, config: Config, dropout: Array | None = None
+) -> tuple[Float[Array, ""], Sums]:
+    """The scalar to minimise over a global batch, and its metrics as sums.
+
+    The loss is the sum over the supervised tokens of the whole batch divided by their weight, so it
+    does not depend on how rows are spread over devices. Metrics: `nll` (without smoothing),
+    `weight` and `correct` over supervised tokens; `tokens` (real ones), `positions` (with padding)
+    and `images`; with the auxiliary loss `words_nll` over `words_images`.
+
+    Args:
+      vlm: the model over its parameters.
+      batch: a global batch.
+      config: read for `data.images`, the smoothing and the weight of the auxiliary loss.
+      dropout: PRNG key; None = evaluation.
+    """
+    keys = (None, None) if dropout is None else jax.random.split(dropout)
+    # Without images no row looks at a visual token: the encoder need not run at all.
+    visual = vlm.visual(batch.images, keys[0]) if config.data.images else None
+    logits = vlm.unembed(vlm.hidden(batch, visual, keys[1]))
+    loss, sums = next_token(logits, batch, config.train.label_smoothing)
+    sums |= {
+        "tokens": jnp.sum(batch.segments > 0),
+        "positions": jnp.asarray(batch.segments.size),
+        "images": jnp.sum(batch.images.grids[..., 0] > 0),
+    }
+    if config.train.bag_of_words and visual is not None:
+        words, words_sums = bag_of_words(vlm, visual, batch.image_texts)
+        loss, sums = loss + config.train.bag_of_words * words, sums | words_sums
+    return loss, sums
+
+
+def next_token(
+    logits: Float[Array, "B T V"], batch: Batch, smoothing: float = 0.0
+) -> tuple[Float[Array, ""], Sums]:
+    """Cross-entropy of the token after each position, within its document, in float32."""
+    target = jnp.roll(batch.tokens, -1, axis=1)
+    weight = target_weights(batch)
+    top = jnp.max(logits, axis=-1)
+    normaliser = jax.nn.logsumexp(logits, axis=-1)
+    # A comparison instead of a gather: it fuses, and it splits over a sharded vocabulary.
+    chosen = jnp.arange(logits.shape[-1]) == target[..., None]
+    target_logit = jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1)
+    nll = normaliser - target_logit
+    spread = normaliser - jnp.mean(logits, axis=-1) if smoothing else nll
+    smoothed = (1.0 - smoothing) * nll + smoothing * spread
+    total = jnp.sum(weight)
+    sums = {
+        "nll": jnp.sum(weight * nll),
+        "weight": total,
+        "correct": jnp.sum(weight * (target_logit >= top)),
+    }
+    return jnp.sum(weight * smoothed) / jnp.maximum(total, 1.0), sums
+
+
+def target_weights(batch: Batch) -> Float[Array, "B T"]:
+    """Weight of the prediction made at each position: that of the next token of its document."""
+    weight = jnp.roll(batch.loss_weights, -1, axis=1)
+    same_document = jnp.roll(batch.segments, -1, axis=1) == batch.segments
+    last = jnp.arange(batch.tokens.shape[1]) == batch.tokens.shape[1] - 1
+    return jnp.where(same_document & ~last, weight, 0.0)
+
+
+def bag_of_words(
+    vlm: VLM, visual: Float[Array, "B N Q D"], texts: Int[Array, "B N S"]
+) -> tuple[Float[Array, ""], Sums]:
+    """How well the mean visual token of an image names the words of its text, in any order.
+
+    Softmax cross-entropy of the decoder's own output matrix against the uniform distribution over
+    the distinct tokens of the text (Joulin et al. 2016, "Learning visual features from large weakly
+    supervised data"), averaged over the images that have one. It has no parameters of its own.
+    """
+    logits = vlm.unembed(visual.mean(axis=2))
+    log_probs = jax.nn.log_softmax(logits, axis=-1)
+    wanted = distinct(texts)
+    words = wanted.sum(axis=-1)
+    picked = jnp.take_along_axis(log_probs, texts, axis=-1)
+    per_image = -jnp.sum(jnp.where(wanted, picked, 0.0), axis=-1) / jnp.maximum(words, 1)
+    total, images = jnp.sum(per_image), jnp.sum(words > 0)
+    return total / jnp.maximum(images, 1), {"words_nll": total, "words_images": images}
+
+
+def distinct(texts: Int[Array, "... S"]) -> Bool[Array, "... S"]:
+    """True at the first place of each token of a text, False at its repeats and at padding (0)."""
+    same = texts[..., :, None] == texts[..., None, :]
+    earlier = jnp.tril(jnp.ones(same.shape[-2:], bool), -1)
+    return (texts > 0) & ~jnp.any(same & earlier, axis=-1)

@@ -1,0 +1,92 @@
+"""The state of a run: everything on the devices that a checkpoint must hold."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Int, UInt32
+
+from vlm_jax.config import Config
+from vlm_jax.models import params
+from vlm_jax.parallel import sharding
+from vlm_jax.training import optimizer
+from vlm_jax.training.adaptation import Plan
+
+# Drawing hundreds of parameters is one large program that runs once: on a CPU, LLVM spent 15 s on
+# optimising what then ran for milliseconds (3 s so).
+QUICK_COMPILE = {"xla_backend_optimization_level": 0}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """A pytree of plain arrays; parameters are flat dicts by path.
+
+    Attributes:
+      step: optimizer steps done.
+      trainable: float32 masters.
+      frozen: parameters that never change, in their own dtype.
+      opt: the optimizer's state, for `trainable` alone.
+      ema: float32 running average of `trainable`, or None.
+      key: data of the PRNG key that dropout of every step is folded from.
+    """
+
+    step: Int[Array, ""]
+    trainable: dict[str, Array]
+    frozen: dict[str, Array]
+    opt: optax.OptState
+    ema: dict[str, Array] | None
+    key: UInt32[Array, "2"]
+
+    def evaluated(self) -> dict[str, Array]:
+        """All parameters by path as evaluation and export want them: averages where kept."""
+        return {**self.frozen, **(self.trainable if self.ema is None else self.ema)}
+
+
+def fresh(config: Config, plan: Plan) -> State:
+    """A new run's state; pure, made under jit by `create`."""
+    init_key, dropout_key = jax.random.split(jax.random.key(config.seed))
+    trainable, frozen = plan.split(params.init(config.model, init_key))
+    trainable = {path: leaf.astype(jnp.float32) for path, leaf in trainable.items()}
+    return State(
+        step=jnp.zeros((), jnp.int32),
+        trainable=trainable,
+        frozen=frozen,
+        opt=optimizer.make(config.train, plan).init(trainable),
+        ema=jax.tree.map(jnp.copy, trainable) if config.train.ema else None,
+        key=jax.random.key_data(dropout_key),
+    )
+
+
+def abstract(config: Config, plan: Plan, mesh: Mesh) -> State:
+    """Shapes, dtypes and shardings of the state on `mesh`; nothing is allocated."""
+    shapes = jax.eval_shape(lambda: fresh(config, plan))
+    places = sharding.named(mesh, plan.shapes, params.axes)
+
+    def place(keys: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_place(keys, places, mesh))
+
+    return jax.tree_util.tree_map_with_path(place, shapes)
+
+
+def _place(keys: tuple[Any, ...], places: dict[str, NamedSharding], mesh: Mesh) -> NamedSharding:
+    """Moments and averages lie where their parameter lies; counters and keys everywhere."""
+    path = getattr(keys[-1], "key", None)
+    return places.get(path, sharding.replicated(mesh))
+
+
+def shardings(state: State) -> State:
+    """The shardings of a state or abstract state, as a tree of its shape."""
+    return jax.tree.map(lambda leaf: leaf.sharding, state)
+
+
+def create(config: Config, plan: Plan, mesh: Mesh) -> State:
+    """A new run's state, each shard made on its own device."""
+    places = shardings(abstract(config, plan, mesh))
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    options = QUICK_COMPILE if on_cpu else None
+    init = jax.jit(lambda: fresh(config, plan), out_shardings=places, compiler_options=options)
+    return init()
