@@ -36,7 +36,8 @@ start() {
     echo "$code" >"$0/code"' \
     "$RUN" "$ENVIRONMENT/bin/python" -u "$@" </dev/null >/dev/null 2>&1 &
   echo $! >"$RUN/pid"
-  until running || [[ -f "$RUN/code" ]]; do sleep 0.1; done
+  # Return once it holds the lock; it may also have ended already, in whatever way.
+  until running || [[ -f "$RUN/code" ]] || ! kill -0 $! 2>/dev/null; do sleep 0.1; done
 }
 
 follow() {
