@@ -24,6 +24,7 @@ INSTALL = [
     f"flax>=0.12.12; {NEW}",
     "absl-py>=2.1",
     "array-record>=0.8",
+    "etils[epath]>=1.10",
     "grain>=0.2.18",
     "jaxtyping>=0.3",
     "jinja2>=3.1",
@@ -34,7 +35,6 @@ INSTALL = [
     "optax>=0.2.5",
     "orbax-checkpoint>=0.12",
     "pillow>=11",
-    "psutil>=6",
     "rich>=13.7",
     "tensorboardX>=2.6.2",
     "tokenizers>=0.21",
@@ -42,7 +42,7 @@ INSTALL = [
 
 EXTRAS = {
     # Hardware
-    "tpu": jax_with("tpu"),
+    "tpu": [*jax_with("tpu"), "etils[epath-gcs]>=1.10"],  # the runs of a slice live on gs://
     "cuda": jax_with("cuda12"),
     # Purposes
     "prepare": [],  # building data sets needs no more than a run does
