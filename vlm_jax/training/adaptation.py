@@ -128,6 +128,7 @@ def table(plan: Plan, lr: float, ema: bool = False) -> Table:
       ema: whether averaged weights are kept.
     """
     shown = Table("group", "mode", "tensors", "parameters", "share", "state", "learning rate")
+    shown.columns[0].overflow = "fold"
     for column in shown.columns[2:]:
         column.justify = "right"
     sizes = {path: math.prod(shape.shape) for path, shape in plan.shapes.items()}

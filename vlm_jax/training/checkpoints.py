@@ -37,7 +37,7 @@ FREE = (
     "checkpoint",
     "eval",
     "train.log_every",
-    "train.tracking",
+    "tracking",
     "data.threads",
     "data.bad_samples",
 )
@@ -85,7 +85,7 @@ class Checkpoints:
                 _items(state),
                 force=True,
                 overwrite=True,
-                custom_metadata={"config": _json(self._config), "data": stream.get_state()},
+                custom_metadata={"config": as_json(self._config), "data": stream.get_state()},
             )
         self._newest = step
 
@@ -115,8 +115,8 @@ class Checkpoints:
             return _state(restored, abstract)
         if broken:
             raise StorageError(
-                f"none of the checkpoints {broken} in {self._workdir / FOLDER} can be read; restore "
-                "them from a copy, or start in another workdir"
+                f"none of the checkpoints {broken} in {self._workdir / FOLDER} can be read; "
+                "restore them from a copy, or start in another workdir"
             )
         return None
 
@@ -151,7 +151,7 @@ def write_config(workdir: str | os.PathLike, config: Config) -> None:
     with _storage(f"writing {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         whole = path.with_suffix(".tmp")
-        whole.write_text(json.dumps(_json(config), indent=2) + "\n")
+        whole.write_text(json.dumps(as_json(config), indent=2) + "\n")
         whole.replace(path)
 
 
@@ -197,8 +197,8 @@ def load_params(
 
 def refuse_other_config(saved: Mapping[str, Any], config: Config, workdir: Path) -> None:
     """Raises ConfigError where `config` would not continue the run that `saved` describes."""
-    old = dict(_flat(_json(configs.resolve(saved))))
-    new = dict(_flat(_json(config)))
+    old = dict(_flat(as_json(configs.resolve(saved))))
+    new = dict(_flat(as_json(config)))
     changed = [
         f"config.{key} was {old.get(key, 'absent')!r} and is {new.get(key, 'absent')!r}"
         for key in sorted(old.keys() | new.keys())
@@ -224,7 +224,7 @@ def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield from _flat(value, f"{prefix}.{key}" if prefix else key)
 
 
-def _json(config: Config) -> dict[str, Any]:
+def as_json(config: Config) -> dict[str, Any]:
     """The config as JSON gives it back: lists for tuples."""
     return json.loads(json.dumps(configs.plain(config)))
 

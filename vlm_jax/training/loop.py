@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -84,10 +85,8 @@ def prepare(config: Config, hint: str = "") -> tuple[Mesh, Plan]:
     plan = adaptation.plan(params.abstract(config.model), config.adaptation)
     parts = memory.check(config, plan, mesh, states.abstract(config, plan, mesh), hint)
     if jax.process_index() == 0:
-        console = Console()
-        width = None if console.is_terminal else TABLE_WIDTH
-        table = adaptation.table(plan, config.train.lr, bool(config.train.ema))
-        console.print(table, width=width)
+        console = Console(width=None if sys.stdout.isatty() else TABLE_WIDTH)
+        console.print(adaptation.table(plan, config.train.lr, bool(config.train.ema)))
         estimate = ", ".join(f"{name} {adaptation.readable(x)}" for name, x in parts.items())
         axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
         console.print(f"mesh: {axes}; estimated per device: {estimate}", soft_wrap=True)

@@ -107,8 +107,8 @@ def check(config: Config, plan: Plan, mesh: Mesh, state: State, hint: str = "") 
     raise ConfigError(
         f"{config.name} needs {total:,} bytes ({readable(total)}) per device and each of the "
         f"{mesh.size} devices ({kind}) has {present:,} ({readable(present)}). It needs {listed}. "
-        "Run on more devices with a larger config.parallel.fsdp or .tensor, lower config.data.rows, "
-        f"or freeze more in config.adaptation{f'; {hint}' if hint else ''}"
+        "Run on more devices with a larger config.parallel.fsdp or .tensor, lower "
+        f"config.data.rows, or freeze more in config.adaptation{f'; {hint}' if hint else ''}"
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import jax
 
-from vlm_jax.config import Config
+from vlm_jax.config import Config, plain
 from vlm_jax.data.packing import Info
 from vlm_jax.errors import ConfigError
 
@@ -57,7 +57,7 @@ class Metrics:
 
     Args:
       workdir: the run's folder.
-      config: the run; `train.tracking` names the views.
+      config: the run; `tracking` names the views.
       step: where the run stands; what a killed process logged after it is dropped, so that the
         file reads like that of an unbroken run.
     """
@@ -68,9 +68,7 @@ class Metrics:
             path = Path(workdir) / FILE
             _drop_after(path, step)
             self._file = path.open("a")
-            self._views = [
-                VIEWS[name](Path(workdir), config, step) for name in config.train.tracking
-            ]
+            self._views = _views(Path(workdir), config, step)
 
     def __enter__(self) -> "Metrics":
         return self
@@ -148,14 +146,13 @@ class WandB:
             import wandb
         except ImportError as error:
             raise ConfigError(
-                "config.train.tracking asks for wandb, which is not installed; install the extra "
-                '"tracking", or leave it out'
+                f"config.tracking.wandb is {config.tracking.wandb!r}, but wandb is not installed; "
+                'install the extra "tracking", or leave it ""'
             ) from error
-        from vlm_jax.config import plain
 
         kept = workdir / "wandb_id"
         self._run = wandb.init(
-            project="vlm_jax",
+            project=config.tracking.wandb,
             name=config.name,
             id=kept.read_text() if kept.exists() else None,
             resume="allow",
@@ -171,4 +168,7 @@ class WandB:
         self._run.finish()
 
 
-VIEWS = {"tensorboard": TensorBoard, "wandb": WandB}
+def _views(workdir: Path, config: Config, step: int) -> list[View]:
+    """The views that were asked for."""
+    asked = {TensorBoard: config.tracking.tensorboard, WandB: config.tracking.wandb}
+    return [view(workdir, config, step) for view, wanted in asked.items() if wanted]

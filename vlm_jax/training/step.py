@@ -79,7 +79,7 @@ def _step(
     averaged = average(state.ema, trainable, config.train.ema, state.step)
     metrics = sums | {
         "loss": loss,
-        "grad_norm": optax.global_norm(gradient),
+        "grad_norm": optax.tree.norm(gradient),
         "learning_rate": jnp.asarray(optimizer.schedule(config.train)(state.step)),
     }
     return State(state.step + 1, trainable, state.frozen, opt, averaged, state.key), metrics

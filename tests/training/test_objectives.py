@@ -1,0 +1,126 @@
+"""The losses against plain numpy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from vlm_jax.models import params
+from vlm_jax.training import objectives
+
+
+def log_softmax(x):
+    x = np.asarray(x, np.float64)
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+@pytest.fixture(scope="module")
+def flat():
+    return jax.jit(lambda: params.init(tiny.MODEL, jax.random.key(0)))()
+
+
+def logits_for(batch, seed=1):
+    return np.random.default_rng(seed).normal(size=(*batch.tokens.shape, tiny.VOCAB)) * 2
+
+
+def numpy_next_token(logits, batch, smoothing):
+    """Token by token, in loops."""
+    log_probs, loss, nll, weight, correct = log_softmax(logits), 0.0, 0.0, 0.0, 0.0
+    for row in range(batch.tokens.shape[0]):
+        for t in range(batch.tokens.shape[1] - 1):
+            w = batch.loss_weights[row, t + 1]
+            if batch.segments[row, t] != batch.segments[row, t + 1] or w == 0:
+                continue
+            chosen = log_probs[row, t, batch.tokens[row, t + 1]]
+            smoothed = (1 - smoothing) * chosen + smoothing * log_probs[row, t].mean()
+            loss, nll, weight = loss - w * smoothed, nll - w * chosen, weight + w
+            correct += w * (log_probs[row, t].argmax() == batch.tokens[row, t + 1])
+    return loss / max(weight, 1), nll, weight, correct
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_next_token_loss_equals_a_loop_over_tokens(smoothing):
+    batch = tiny.batch(0)
+    batch.loss_weights[:, 5] *= 0.5
+    batch.loss_weights[:, 0] = 1.0  # nothing comes before: must not be counted
+    logits = logits_for(batch)
+    loss, sums = objectives.next_token(jnp.asarray(logits, jnp.float32), batch, smoothing)
+    expected = numpy_next_token(logits, batch, smoothing)
+    got = loss, sums["nll"], sums["weight"], sums["correct"]
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+def test_an_unsupervised_batch_has_loss_zero():
+    batch = tiny.batch(0)
+    batch = batch._replace(loss_weights=np.zeros_like(batch.loss_weights))
+    loss, _ = objectives.next_token(jnp.asarray(logits_for(batch), jnp.float32), batch)
+    assert loss == 0
+
+
+def test_half_batches_combine_by_their_supervised_tokens(flat):
+    config = tiny.config()
+
+    def value_and_gradient(batch):
+        def loss(flat):
+            return objectives.losses(params.build(tiny.MODEL, flat), batch, config)
+
+        (value, sums), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(flat)
+        return value, float(sums["weight"]), gradient
+
+    whole = tiny.batch(0)
+    whole.loss_weights[:4, ::2] = 0  # so that the halves differ in count
+    halves = [jax.tree.map(lambda x, i=i: x[i : i + 4], whole) for i in (0, 4)]
+    value, weight, gradient = value_and_gradient(whole)
+    (a, wa, ga), (b, wb, gb) = map(value_and_gradient, halves)
+    assert wa != wb and wa + wb == weight
+    np.testing.assert_allclose(value, (wa * a + wb * b) / weight, rtol=1e-6)
+    for path in gradient:
+        combined = (wa * ga[path] + wb * gb[path]) / weight
+        np.testing.assert_allclose(gradient[path], combined, rtol=1e-4, atol=1e-6)
+
+
+def test_counts_are_of_real_tokens_and_images(flat):
+    batch = tiny.batch(0)
+    vlm = params.build(tiny.MODEL, flat)
+    _, sums = objectives.losses(vlm, batch, tiny.config())
+    assert sums["tokens"] == (batch.segments > 0).sum()
+    assert sums["positions"] == batch.segments.size
+    assert sums["images"] == 2 * (tiny.ROWS - 1)
+
+
+def test_bag_of_words_equals_a_loop_over_images(flat):
+    vlm = params.build(tiny.MODEL, flat)
+    batch = tiny.batch(0)
+    batch.image_texts[0, 0] = [7, 7, 3, 7, 0]
+    batch.image_texts[1, 1] = 0
+    visual = vlm.visual(batch.images)
+    loss, sums = objectives.bag_of_words(vlm, visual, batch.image_texts)
+    log_probs = log_softmax(vlm.unembed(visual.mean(axis=2)))
+    expected = [
+        -np.mean([log_probs[row, n, token] for token in set(text.tolist()) - {0}])
+        for row in range(tiny.ROWS)
+        for n, text in enumerate(batch.image_texts[row])
+        if text.any()
+    ]
+    assert sums["words_images"] == len(expected) == 2 * (tiny.ROWS - 1) - 1
+    np.testing.assert_allclose(loss, np.mean(expected), rtol=1e-5)
+
+
+def test_bag_of_words_is_added_with_its_weight(flat):
+    vlm, batch = params.build(tiny.MODEL, flat), tiny.batch(0)
+    plain, _ = objectives.losses(vlm, batch, tiny.config())
+    total, sums = objectives.losses(vlm, batch, tiny.config(bag_of_words=0.25))
+    words = sums["words_nll"] / sums["words_images"]
+    np.testing.assert_allclose(total, plain + 0.25 * words, rtol=1e-6)
+
+
+def test_a_run_without_images_leaves_the_encoder_alone(flat):
+    batch = tiny.batch(0)
+    blind = batch._replace(visual_index=np.full_like(batch.visual_index, -1))
+    config = tiny.config(data={"images": False}, bag_of_words=1.0)
+    vlm = params.build(tiny.MODEL, flat)
+    without, _ = objectives.losses(vlm, blind, config)
+    looked, _ = objectives.losses(vlm, blind, tiny.config())
+    np.testing.assert_allclose(without, looked, rtol=1e-6)

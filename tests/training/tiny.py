@@ -1,0 +1,109 @@
+"""A tiny model, config and batch for the training tests."""
+
+import numpy as np
+
+from vlm_jax.batch import Batch, Images
+from vlm_jax.config import Config, Data, Model, Train
+from vlm_jax.data.packing import Info
+from vlm_jax.presets.connectors import Connector
+from vlm_jax.presets.decoders import Decoder
+from vlm_jax.presets.encoders import Encoder
+
+ROWS, TOKENS, IMAGES, TEXT, VOCAB = 8, 24, 2, 5, 64
+QUERIES, PATCH, SIDE = 4, 4, 8
+
+
+class Stream:
+    """A training stream whose batch k is `batch(k)`; a stand-in for `pipeline.TrainStream`."""
+
+    def __init__(self, stop_at: int = -1):
+        self.next, self.stop_at = 0, stop_at
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def __next__(self):
+        if self.next == self.stop_at:
+            raise RuntimeError("killed")
+        self.next += 1
+        return batch(self.next), Info((), {("emoji", "truncated"): 2} if self.next == 2 else {})
+
+    def get_state(self):
+        return {"next": self.next, "nested": {"bad": [1, 2]}}
+
+    def set_state(self, state):
+        assert state["nested"] == {"bad": [1, 2]}
+        self.next = state["next"]
+
+
+MODEL = Model(
+    encoder=Encoder(16, 2, 32, 2, patch=PATCH, image_size=SIDE, dtype="float32"),
+    connector=Connector(
+        "perceiver", queries=QUERIES, layers=1, heads=2, kv_heads=2, dtype="float32"
+    ),
+    decoder=Decoder(VOCAB, 16, 2, 32, 4, 2, 8, tied=True, dropout=0.1, dtype="float32"),
+)
+
+
+def config(model: Model = MODEL, data: dict | None = None, **fields) -> Config:
+    """A config of the tiny model; fields of `train` by name, `data` as a dict of changes."""
+    names = Train.__dataclass_fields__
+    train = {name: fields.pop(name) for name in list(fields) if name in names}
+    return Config(
+        name="tiny",
+        model=model,
+        data=Data(
+            {"none": 1.0},
+            **{"rows": ROWS, "tokens": TOKENS, "images_per_row": IMAGES, "text_tokens": TEXT}
+            | (data or {}),
+        ),
+        train=Train(**{"steps": 20, "warmup_steps": 3, "lr": 3e-3} | train),
+        **fields,
+    )
+
+
+def batch(seed: int, rows: int = ROWS) -> Batch:
+    """Rows of two documents, each an image and then text, and padding; a last row of text alone."""
+    rng = np.random.default_rng(seed)
+    segments = np.zeros((rows, TOKENS), np.int32)
+    positions, blocks = np.zeros_like(segments), np.zeros_like(segments)
+    visual, image = np.full_like(segments, -1), np.full_like(segments, -1)
+    weights = np.zeros(segments.shape, np.float32)
+    grids = np.zeros((rows, IMAGES, 2), np.int32)
+    for row in range(rows):
+        start = 0
+        for number in range(2):
+            with_image = row < rows - 1
+            end = start + QUERIES * with_image + int(rng.integers(3, 7))
+            segments[row, start:end] = number + 1
+            positions[row, start:end] = np.arange(end - start)
+            answer = start + QUERIES * with_image + 1
+            weights[row, answer:end] = 1.0
+            if with_image:
+                visual[row, start : start + QUERIES] = np.arange(QUERIES) + number * QUERIES
+                image[row, start:end] = number
+                grids[row, number] = SIDE // PATCH
+            start = end
+    count = (SIDE // PATCH) ** 2
+    places = np.stack(np.divmod(np.arange(count), SIDE // PATCH), -1)
+    texts = rng.integers(1, 12, (rows, IMAGES, TEXT)) * (grids[..., :1] > 0)
+    texts[..., 3:] = 0
+    return Batch(
+        tokens=rng.integers(1, VOCAB, segments.shape).astype(np.int32),
+        segments=segments,
+        positions=positions,
+        loss_weights=weights,
+        blocks=blocks,
+        visual_index=visual,
+        image_index=image,
+        image_texts=texts.astype(np.int32),
+        images=Images(
+            grids=grids,
+            patches=rng.normal(size=(rows, IMAGES * count, PATCH**2 * 3)).astype(np.float32),
+            patch_positions=np.tile(places, (rows, IMAGES, 1)).astype(np.int32),
+            patch_images=np.repeat(np.arange(IMAGES), count)[None].repeat(rows, 0).astype(np.int32),
+        ),
+    )
