@@ -1,0 +1,152 @@
+"""A model that answers: prompts and pictures in, greedy text out, in batches of static shape."""
+
+import dataclasses
+import functools
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int
+from PIL import Image as PilImage
+
+from vlm_jax import config as configs
+from vlm_jax.batch import Batch, Images
+from vlm_jax.data import chat, pipeline
+from vlm_jax.data.example import Example, Image
+from vlm_jax.evaluation import devices
+from vlm_jax.evaluation.vision import Vision
+from vlm_jax.models import params as parameters
+from vlm_jax.models import sampling
+
+Picture = PilImage.Image | bytes | str | Path
+
+
+class Predictor:
+    """Answers of one model, compiled once per shape of batch.
+
+    Args:
+      config: the run; without `data.images` the pictures are not looked at.
+      params: flat parameters.
+      vision: what the same parameters saw before, to be shared.
+    """
+
+    def __init__(
+        self, config: configs.Config, params: Mapping[str, Array], vision: Vision | None = None
+    ):
+        self.config, self.params = config, params
+        self.vision = vision or Vision(config, params)
+        self.tokenizer = pipeline.load_tokenizer(config)
+        self._end = chat.end_token(chat.template(config.data.template), self.tokenizer)
+
+    def generate(
+        self,
+        images: Sequence[Picture | Sequence[Picture] | None],
+        prompts: Sequence[str],
+        max_new_tokens: int | None = None,
+    ) -> list[str]:
+        """The model's reply to each prompt; its pictures come first, then its words.
+
+        Args:
+          images: per prompt one picture, a list of them, or None; a picture is a PIL image, encoded
+            bytes or a path.
+          prompts: what the user says.
+          max_new_tokens: length limit of a reply; by default `config.eval.max_new_tokens`.
+
+        Raises:
+          ValueError: `images` and `prompts` differ in length.
+          DataError: a picture cannot be used, or a prompt is too long.
+        """
+        if len(images) != len(prompts):
+            raise ValueError(
+                f"{len(images)} entries of images for {len(prompts)} prompts; expected one entry "
+                "per prompt: a picture, a list of pictures, or None"
+            )
+        asked = [
+            pipeline.ask(prompt, *_encoded(group))
+            for group, prompt in zip(images, prompts, strict=True)
+        ]
+        return self._complete(asked, max_new_tokens)
+
+    def answer(self, examples: Sequence[Example]) -> list[str]:
+        """The model's reply where each example's last reply stands."""
+        return self._complete([pipeline.prompt_of(example) for example in examples])
+
+    def attention(self, images: Sequence[Picture]) -> Float[np.ndarray, "N Q P"] | None:
+        """Where each visual token looks in each picture, over its patches in reading order.
+
+        Mean over the heads of a Perceiver connector's last block; None for a connector without
+        attention.
+        """
+        if self.config.model.connector.kind != "perceiver" or not self.config.data.images:
+            return None
+        attend = _compiled_attention(self.config.model)
+        asked = [pipeline.ask("", *_encoded(picture)) for picture in images]
+        maps = [
+            devices.fetch(attend(self.params, devices.place(batch.images)))[:, 0]
+            for batch in pipeline.prompt_batches(self.config, asked)
+        ]
+        return np.concatenate(maps)[: len(asked)].astype(np.float32)
+
+    def _complete(
+        self, asked: Sequence[pipeline.Prompt], max_new_tokens: int | None = None
+    ) -> list[str]:
+        if not self.config.data.images:
+            asked = [dataclasses.replace(prompt, images=()) for prompt in asked]
+        # Without pictures most questions are the same.
+        replies = self._replies(list(dict.fromkeys(asked)), max_new_tokens)
+        return [replies[prompt] for prompt in asked]
+
+    def _replies(
+        self, asked: Sequence[pipeline.Prompt], max_new_tokens: int | None
+    ) -> dict[pipeline.Prompt, str]:
+        limit = max_new_tokens or self.config.eval.max_new_tokens
+        greedy, replies = _compiled_greedy(self.config.model, self._end, limit), []
+        for batch in pipeline.prompt_batches(self.config, asked):
+            inputs = devices.place((batch._replace(images=None), self.vision(batch)))
+            tokens = devices.fetch(greedy(self.params, *inputs))
+            replies += [self._text(row) for row in tokens]
+        # The last batch is filled up with empty rows.
+        return dict(zip(asked, replies, strict=False))
+
+    def _text(self, tokens: Int[np.ndarray, " new"]) -> str:
+        ended = np.flatnonzero(tokens == self._end)
+        kept = tokens[: ended[0]] if len(ended) else tokens
+        return self.tokenizer.decode(kept.tolist()).strip()
+
+
+@functools.cache
+def _compiled_greedy(model: configs.Model, end: int, new_tokens: int):
+    """One compiled function for all parameters of a model."""
+
+    def greedy(
+        params: Mapping[str, Array], batch: Batch, visual: Float[Array, "B N Q D"]
+    ) -> Int[Array, "B new"]:
+        return sampling.greedy(parameters.build(model, params), batch, visual, new_tokens, end)
+
+    return jax.jit(greedy)
+
+
+@functools.cache
+def _compiled_attention(model: configs.Model):
+    def attention(params: Mapping[str, Array], images: Images) -> Float[Array, "B N Q P"]:
+        return parameters.build(model, params).attention_maps(images)
+
+    return jax.jit(attention)
+
+
+def _encoded(pictures: Picture | Sequence[Picture] | None) -> tuple[Image, ...]:
+    if pictures is None:
+        return ()
+    if isinstance(pictures, (PilImage.Image, bytes, str, Path)):
+        pictures = (pictures,)
+    return tuple(_encode(picture) for picture in pictures)
+
+
+def _encode(picture: Picture) -> Image:
+    if isinstance(picture, PilImage.Image):
+        buffer = io.BytesIO()
+        picture.convert("RGBA").save(buffer, "PNG")
+        return buffer.getvalue()
+    return Path(picture) if isinstance(picture, str) else picture

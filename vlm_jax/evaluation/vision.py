@@ -1,0 +1,100 @@
+"""Visual tokens under fixed parameters, every picture encoded once.
+
+An evaluation shows the same picture many times: under several kinds of question, to be answered, to
+be scored, and as the wrong picture of another example. On small models the encoder is most of it.
+"""
+
+import functools
+import hashlib
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+
+from vlm_jax import config as configs
+from vlm_jax.batch import Batch, Images
+from vlm_jax.evaluation import devices
+from vlm_jax.models import params as parameters
+
+MEMORY = 2 * 2**30  # bytes of visual tokens that are remembered
+
+
+class Vision:
+    """Visual tokens of batches.
+
+    Args:
+      config: the run; without `data.images` there are none.
+      params: flat parameters.
+    """
+
+    def __init__(self, config: configs.Config, params: Mapping[str, Array]):
+        self.config, self.params = config, params
+        self._known: dict[bytes, Float[np.ndarray, "Q D"]] = {}
+
+    def __call__(self, batch: Batch) -> Float[np.ndarray, "B N Q D"]:
+        """What `vlm.visual` gives for the batch's images; zeros where there is none.
+
+        N is always `data.images_per_row`, so that only the length of a batch decides which program
+        it takes; a model without images takes the same ones.
+        """
+        model, data = self.config.model, self.config.data
+        grids = np.asarray(batch.images.grids)
+        rows, count = grids.shape[:2]
+        shape = (rows, max(count, data.images_per_row), model.visual_tokens, model.decoder.width)
+        visual = np.zeros(shape, model.decoder.dtype)
+        if data.images and count:
+            slots = _slots(batch.images, model.encoder.patches)
+            places = list(zip(*np.nonzero(grids.any(axis=-1)), strict=True))
+            names = {place: _name(slots, place[0] * count + place[1]) for place in places}
+            self._remember(slots, {names[row, n]: row * count + n for row, n in places})
+            for place, name in names.items():
+                visual[place] = self._known[name]
+        return visual
+
+    def _remember(self, slots: Images, wanted: Mapping[bytes, int]) -> None:
+        """Encodes the slots, by name, that are not known yet, in batches of one shape."""
+        if sum(tokens.nbytes for tokens in self._known.values()) > MEMORY:
+            self._known.clear()
+        new = [item for item in wanted.items() if item[0] not in self._known]
+        rows = self.config.eval.rows
+        for start in range(0, len(new), rows):
+            names, chosen = zip(*new[start : start + rows], strict=True)
+            # The last batch is filled up by repeating its pictures.
+            repeated = np.resize(chosen, rows)
+            images = jax.tree.map(lambda x, which=repeated: x[which], slots)
+            visual = _compiled(self.config.model)(self.params, devices.place(images))
+            self._known.update(zip(names, devices.fetch(visual)[:, 0], strict=False))
+
+
+@functools.cache
+def _compiled(model: configs.Model):
+    """One compiled encoder for all parameters of a model."""
+
+    def encode(params: Mapping[str, Array], images: Images) -> Float[Array, "B N Q D"]:
+        return parameters.build(model, params).visual(images)
+
+    return jax.jit(encode)
+
+
+def _slots(images: Images, patches: int) -> Images:
+    """Every image slot as a row of its own; slots own equal shares of a row's patches."""
+    split = images._replace(grids=_flat(images.grids)[:, None])
+    if images.pixels is not None:
+        return split._replace(pixels=_flat(images.pixels)[:, None])
+    return split._replace(
+        patches=images.patches.reshape(-1, patches, images.patches.shape[-1]),
+        patch_positions=images.patch_positions.reshape(-1, patches, 2),
+        patch_images=np.minimum(images.patch_images.reshape(-1, patches), 0),
+    )
+
+
+def _flat(x: np.ndarray) -> np.ndarray:
+    """Rows and slots as one axis."""
+    return x.reshape(-1, *x.shape[2:])
+
+
+def _name(slots: Images, slot: int) -> bytes:
+    """A digest of a slot's pixels."""
+    seen = slots.patches if slots.pixels is None else slots.pixels
+    return hashlib.blake2b(np.ascontiguousarray(seen[slot]), digest_size=16).digest()
