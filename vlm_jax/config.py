@@ -119,7 +119,9 @@ class Train:
 
     Attributes:
       steps: optimizer steps.
+      optimizer: "adamw", or "muon" for matrices with AdamW for the rest.
       lr: peak learning rate.
+      adam_lr: under "muon", the peak learning rate of what AdamW trains.
       warmup_steps: linear warm-up from 0.
       end_lr: where the cosine ends, as a share of `lr`.
       weight_decay: of AdamW, decoupled, times the learning rate.
@@ -133,7 +135,9 @@ class Train:
     """
 
     steps: int = 1000
+    optimizer: str = "adamw"
     lr: float = 1e-3
+    adam_lr: float = 1e-3
     warmup_steps: int = 100
     end_lr: float = 0.0
     weight_decay: float = 0.0
@@ -360,6 +364,7 @@ CHOICES = {
     "model.encoder.pool": ("none", "map"),
     "model.connector.kind": ("linear", "mlp", "perceiver"),
     "data.attention": ("causal", "prefix"),
+    "train.optimizer": ("adamw", "muon"),
     "data.augment.background": ("white", "random"),
     **{
         f"model.{tower}.dtype": ("bfloat16", "float32")

@@ -1,7 +1,13 @@
-"""AdamW with warm-up, cosine, clipping, and a learning-rate and decay factor per parameter."""
+"""AdamW or Muon with warm-up, cosine, clipping, and learning-rate and decay factors by path."""
 
+import math
+import re
+from collections.abc import Mapping
+
+import jax
 import jax.numpy as jnp
 import optax
+from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from vlm_jax.config import Train
 from vlm_jax.errors import ConfigError
@@ -29,20 +35,78 @@ def schedule(train: Train) -> optax.Schedule:
 
 
 def make(train: Train, plan: Plan) -> optax.GradientTransformation:
-    """AdamW (Loshchilov and Hutter 2019) over the trainable parameters by path.
+    """The optimizer over the trainable parameters by path.
+
+    "adamw" is AdamW (Loshchilov and Hutter 2019). "muon" orthogonalises the momentum of matrices
+    and convolutions (Jordan et al. 2024), scaled to the size of Adam's updates (Liu et al. 2025,
+    "Muon is scalable for LLM training"), and leaves the rest to AdamW at `adam_lr`.
 
     The gradient is clipped by its global norm first. Weight decay is decoupled: a step subtracts
-    lr * factor * (adam + weight_decay * decay_factor * parameter).
+    lr * factor * (update + weight_decay * decay_factor * parameter).
     """
+    shapes = {path: plan.shapes[path] for path in plan.lr}
+    matrices = _matrices(shapes) if train.optimizer == "muon" else {}
+    rates = dict(plan.lr)
+    if matrices:
+        other = train.adam_lr / train.lr
+        rates = {path: lr * (1.0 if path in matrices else other) for path, lr in rates.items()}
     return optax.chain(
         optax.clip_by_global_norm(train.clip) if train.clip else optax.identity(),
-        optax.scale_by_adam(train.b1, train.b2, train.eps, mu_dtype=jnp.float32),
+        _direction(train, shapes, matrices),
         _add_decay(
             {path: train.weight_decay * factor for path, factor in plan.weight_decay.items()}
         ),
-        _scale_each(plan.lr),
+        _scale_each(rates),
         optax.scale_by_learning_rate(schedule(train)),
     )
+
+
+# Which axes of a parameter are a matrix's inputs and outputs, layers' axis aside; what no row
+# matches is no matrix of a linear map (embeddings, positions, queries, norms, biases).
+MATRICES = (
+    (r".*attention/(query|key|value)/kernel", (0,), (1, 2)),
+    (r".*attention/out/kernel", (0, 1), (2,)),
+    (r".*/kernel", (0,), (1,)),
+    (r".*/conv", (0, 1, 2), (3,)),
+)
+
+
+def _matrices(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, MuonDimensionNumbers]:
+    """The paths that Muon takes, with their axes."""
+    found = {}
+    for path in shapes:
+        stacked = int("/stack/blocks/" in path)
+        for pattern, inputs, outputs in MATRICES:
+            if re.fullmatch(pattern, path):
+                axes = [tuple(axis + stacked for axis in side) for side in (inputs, outputs)]
+                found[path] = MuonDimensionNumbers(*axes)
+                break
+    return found
+
+
+def _direction(
+    train: Train,
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+    matrices: Mapping[str, MuonDimensionNumbers],
+) -> optax.GradientTransformation:
+    """Where a step goes, before decay and learning rate."""
+    adam = optax.scale_by_adam(train.b1, train.b2, train.eps, mu_dtype=jnp.float32)
+    if not matrices:
+        return adam
+    numbers = {path: matrices.get(path, optax.MaskedNode()) for path in shapes}
+    sizes = {path: _longer_side(shapes[path].shape, axes) for path, axes in matrices.items()}
+    # An orthogonal matrix has entries of 1 / sqrt(longer side); 0.2 is the usual size of Adam's.
+    muon = optax.chain(
+        scale_by_muon(beta=0.95, mu_dtype=jnp.float32, weight_dimension_numbers=numbers),
+        _scale_each({path: 0.2 * math.sqrt(size) for path, size in sizes.items()}),
+    )
+    labels = {path: "muon" if path in matrices else "adam" for path in shapes}
+    return optax.partition({"muon": muon, "adam": adam}, labels)
+
+
+def _longer_side(shape: tuple[int, ...], axes: MuonDimensionNumbers) -> int:
+    sides = (axes.reduction_axis, axes.output_axis)
+    return max(math.prod(shape[axis] for axis in side) for side in sides)
 
 
 def _add_decay(decay: dict[str, float]) -> optax.GradientTransformation:
@@ -56,5 +120,7 @@ def _add_decay(decay: dict[str, float]) -> optax.GradientTransformation:
 
 def _scale_each(factors: dict[str, float]) -> optax.GradientTransformation:
     return optax.stateless(
-        lambda updates, params: {path: u * factors[path] for path, u in updates.items()}
+        lambda updates, params: {
+            path: u * factors[path] if path in factors else u for path, u in updates.items()
+        }
     )
