@@ -25,7 +25,7 @@ TEXT_ONLY = "text only"
 MAJORITY_EXAMPLES = 2_000  # of training whose answers the majority baseline counts, per kind
 NEIGHBOUR_EXAMPLES = 20_000  # of training whose pictures are searched
 PICTURED = 48  # samples per split and kind whose pictures are kept, drawn by chance
-ATTENDED = 4  # pictures per split whose connector attention is kept
+ATTENDED = 3  # pictures per split whose connector attention is kept
 ATTENDED_SIDE = 128  # pixels they are kept at
 
 Params = Mapping[str, Array]

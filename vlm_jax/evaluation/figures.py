@@ -1,6 +1,7 @@
 """The report's drawings: loss curves, a sheet of pictures with captions, connector attention."""
 
 import itertools
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -148,15 +149,10 @@ def _picture(axes: Axes, row: Row, folder: Path) -> None:
         axes.text(0.5, -0.03 - 0.11 * lines, truth, color="#6b7280", **place)
 
 
-def _wrapped(text: str, width: int = 22, most: int = 2) -> tuple[str, int]:
+def _wrapped(text: str, width: int = 19, most: int = 2) -> tuple[str, int]:
     """A text on at most `most` lines, and how many it takes."""
-    lines = [""]
-    for word in text.split():
-        if lines[-1] and len(lines[-1]) + len(word) >= width:
-            lines.append("")
-        lines[-1] = f"{lines[-1]} {word}".strip()
-    if len(lines) > most:
-        lines = [*lines[: most - 1], lines[most - 1] + " …"]
+    printable = "".join(letter if letter.isprintable() else " " for letter in text)
+    lines = textwrap.wrap(printable, width, max_lines=most, placeholder=" …") or [""]
     # A dollar would start mathematics.
     return "\n".join(lines).replace("$", r"\$"), len(lines)
 
@@ -170,7 +166,7 @@ def attention(rows: Sequence[Row], folder: Path) -> Figure:
         "maps" [Q, P].
       folder: where the image paths start.
     """
-    columns = 2 + PEAK_QUERIES
+    columns = 2 + min(PEAK_QUERIES, max(len(row["maps"]) for row in rows))
     figure, axes = plt.subplots(
         len(rows),
         columns,
@@ -214,9 +210,10 @@ def spotlight(
 ) -> np.ndarray:
     """The picture in full light where weights are largest, darkened towards `tint` elsewhere."""
     height, width = picture.shape[:2]
-    light = Image.fromarray((weights / (weights.max() + 1e-12)).astype(np.float32))
+    weights = (weights - weights.min()) / (np.ptp(weights) + 1e-12)
+    light = Image.fromarray(weights.astype(np.float32))
     light = np.asarray(light.resize((width, height), Image.Resampling.BICUBIC)).clip(0, 1)
-    light = (0.12 + 0.88 * light)[..., None]
+    light = (0.15 + 0.85 * light)[..., None]
     return (picture * light + np.array(tint) * (1 - light)).astype(np.uint8)
 
 

@@ -40,8 +40,8 @@ def per_example(vision: Vision, batches: Iterable[tuple[Batch, Info]]) -> dict[s
     """
     losses = {}
     for batch, info in batches:
-        inputs = devices.place((batch._replace(images=None), vision(batch)))
-        nats = devices.fetch(_compiled(vision.config.model)(vision.params, *inputs))
+        compiled = _compiled(vision.config.model)
+        nats = devices.fetch(compiled(vision.params, *vision.inputs(batch)))
         losses.update(_per_document(nats, batch, info.documents))
     return losses
 

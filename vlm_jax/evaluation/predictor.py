@@ -104,8 +104,7 @@ class Predictor:
         limit = max_new_tokens or self.config.eval.max_new_tokens
         greedy, replies = _compiled_greedy(self.config.model, self._end, limit), []
         for batch in pipeline.prompt_batches(self.config, asked):
-            inputs = devices.place((batch._replace(images=None), self.vision(batch)))
-            tokens = devices.fetch(greedy(self.params, *inputs))
+            tokens = devices.fetch(greedy(self.params, *self.vision.inputs(batch)))
             replies += [self._text(row) for row in tokens]
         # The last batch is filled up with empty rows.
         return dict(zip(asked, replies, strict=False))

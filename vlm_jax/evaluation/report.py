@@ -10,6 +10,7 @@ import dataclasses
 import io
 import json
 import sys
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,7 @@ def draw(workdir: Path, scores: Scores, metrics: Sequence[Row]) -> list[str]:
         put("sheet.png", figures.sheet(titled, workdir))
     attended = workdir / "samples" / "attention.json"
     rows = json.loads(attended.read_text()) if attended.exists() else []
+    rows = [row for row in rows if row["split"] in _shown_splits(scores)]
     if rows:
         put("attention.png", figures.attention(rows, workdir))
     return names
@@ -281,42 +283,68 @@ def _cell(score: Score) -> Cell:
     return Cell(number(score.value), interval, verdict, f"{gain} ({ends[0]} to {ends[1]})")
 
 
-def table(scores: Scores, width: int = 96) -> str:
+def table(scores: Scores, width: int = 100) -> str:
     """The scores as text, in colour where the output is a terminal; report.html has all of them.
 
     A baseline is marked by how the model compares with it: ▲ better, ▼ worse, ≈ no difference that
     a paired 95 % interval could tell.
     """
-    answers = [line for line in lines(scores) if line.metric.startswith(("exact", "accuracy"))]
-    likelihoods = [line for line in lines(scores) if line.metric in ("loss", "seeing gap")]
+    shown = [
+        line for line in lines(scores) if line.kind == "caption" or "no flags" not in line.metric
+    ]
     colours = sys.stdout.isatty()
     console = rich.console.Console(file=io.StringIO(), width=width, force_terminal=colours)
-    console.print(_grid("Right answers, % (95 % interval)", answers))
-    console.print(_grid("Nats per answer token (95 % interval)", likelihoods))
+    console.print(_answers(shown))
+    console.print(_nats(shown))
     console.print("The model is ▲ better than, ▼ worse than, ≈ not told apart from a baseline.")
     return console.file.getvalue()
 
 
-def _grid(title: str, shown: Sequence[Line]) -> rich.table.Table:
-    used = [i for i in range(len(COLUMNS)) if any(line.cells[i + 1].value for line in shown)]
-    grid = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD, title_justify="left")
-    for name in ("kind", "split", "score"):
-        grid.add_column(name, no_wrap=True)
-    for name in ("n", "model", *(COLUMNS[i][1] for i in used)):
-        grid.add_column(name, justify="right")
-    previous = ""
-    for line in shown:
-        model, *rest = line.cells
-        grid.add_row(
-            figures.spoken(line.kind) if line.kind != previous else "",
-            figures.spoken(line.split),
-            line.metric.replace(" %", ""),
-            str(line.count),
-            f"[bold]{model.value}[/] ({model.interval})",
-            *(_marked(rest[i]) for i in used),
+def _answers(shown: Sequence[Line]) -> rich.table.Table:
+    chosen = [line for line in shown if line.metric.startswith(("exact", "accuracy"))]
+    used = [i for i in range(len(COLUMNS)) if any(line.cells[i + 1].value for line in chosen)]
+    titles = ("n", "model", *(textwrap.fill(COLUMNS[i][1], 9) for i in used))
+    rows = [
+        (line, str(line.count), _stated(line.cells[0]), *(_marked(line.cells[i + 1]) for i in used))
+        for line in chosen
+    ]
+    return _grid("Right answers, % (95 % interval)", titles, rows)
+
+
+def _nats(shown: Sequence[Line]) -> rich.table.Table:
+    gaps = {(x.kind, x.split): x.cells[0] for x in shown if x.metric == METRICS["gap"][0]}
+    rows = [
+        (
+            line,
+            _stated(line.cells[0]),
+            _marked(line.cells[1]),
+            _stated(gaps.get((line.kind, line.split), Cell())),
         )
+        for line in shown
+        if line.metric == METRICS["loss"][0]
+    ]
+    titles = ("loss", "without\nimages", "seeing gap")
+    return _grid("Nats per answer token (95 % interval)", titles, rows)
+
+
+def _grid(title: str, titles: Sequence[str], rows: Iterable[tuple]) -> rich.table.Table:
+    """A table of right-aligned cells; each row starts with the line that names it."""
+    grid = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD, title_justify="left")
+    for name in ("kind", "split"):
+        grid.add_column(name, no_wrap=True)
+    for name in titles:
+        grid.add_column(name, justify="right", no_wrap=True)
+    previous = ""
+    for line, *cells in rows:
+        kind = line.kind if line.kind != previous else ""
+        split = "  without flags" if "no flags" in line.metric else line.split
+        grid.add_row(figures.spoken(kind), figures.spoken(split), *cells)
         previous = line.kind
     return grid
+
+
+def _stated(cell: Cell) -> str:
+    return f"[bold]{cell.value}[/] ({cell.interval})" if cell.value else ""
 
 
 def _marked(cell: Cell) -> str:

@@ -32,6 +32,10 @@ class Vision:
         self.config, self.params = config, params
         self._known: dict[bytes, Float[np.ndarray, "Q D"]] = {}
 
+    def inputs(self, batch: Batch) -> tuple[Batch, Float[Array, "B N Q D"]]:
+        """On the devices: the batch without its images, and their visual tokens."""
+        return devices.place((batch._replace(images=None, image_texts=None), self(batch)))
+
     def __call__(self, batch: Batch) -> Float[np.ndarray, "B N Q D"]:
         """What `vlm.visual` gives for the batch's images; zeros where there is none.
 

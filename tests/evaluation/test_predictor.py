@@ -1,0 +1,81 @@
+import io
+
+import jax
+import numpy as np
+import pytest
+import small
+from PIL import Image
+
+from vlm_jax.data import pipeline
+from vlm_jax.evaluation.predictor import Predictor
+from vlm_jax.models import params, sampling
+
+
+@pytest.fixture(scope="module")
+def predictor():
+    return Predictor(small.config(), small.parameters())
+
+
+@pytest.fixture(scope="module")
+def examples():
+    return pipeline.eval_examples(small.config(), "validation", "choice", 6)
+
+
+def test_answers_are_those_of_uncached_greedy_generation(predictor, examples):
+    config = predictor.config
+
+    @jax.jit
+    def uncached(flat, batch):
+        vlm = params.build(config.model, flat)
+        return sampling.greedy_uncached(vlm, batch, vlm.visual(batch.images), 3, predictor._end)
+
+    expected = []
+    for batch in pipeline.prompt_batches(config, [pipeline.prompt_of(e) for e in examples]):
+        tokens = np.asarray(uncached(predictor.params, batch))
+        expected += [predictor._text(row) for row in tokens]
+    answers = predictor.answer(examples)
+    assert answers == expected[:6]
+    assert len(set(answers)) > 1  # or the comparison would say little
+
+
+def test_generate_gives_the_answers_of_examples_in_order(predictor, examples):
+    questions = [example.turns[0].parts[-1] for example in examples]
+    pictures = [example.images for example in examples]
+    assert predictor.generate(pictures, questions) == predictor.answer(examples)
+
+
+def test_pictures_may_be_bytes_paths_or_pil_images(predictor, examples, tmp_path):
+    encoded = examples[0].images[0]
+    path = tmp_path / "picture.png"
+    path.write_bytes(encoded)
+    decoded = Image.open(io.BytesIO(encoded))
+    forms = [encoded, path, str(path), decoded, [encoded], (decoded,)]
+    assert len(set(predictor.generate(forms, ["what is it?"] * len(forms)))) == 1
+
+
+def test_a_prompt_may_have_no_picture_or_several(predictor, examples):
+    first, second = (example.images[0] for example in examples[:2])
+    images = [None, [first, second], [second, first]]
+    assert len(predictor.generate(images, ["which is it?"] * 3, max_new_tokens=2)) == 3
+
+
+def test_one_entry_of_images_per_prompt_is_expected(predictor):
+    with pytest.raises(ValueError, match="1 entries of images for 2 prompts"):
+        predictor.generate([None], ["a", "b"])
+
+
+def test_a_model_without_images_answers_the_question_alone(examples):
+    blind = Predictor(small.blind(small.config()), small.parameters())
+    question = "which is it?"
+    images = [example.images for example in examples]
+    assert len(set(blind.generate(images, [question] * len(images)))) == 1
+
+
+def test_attention_is_a_distribution_over_patches_for_a_perceiver_only(predictor, examples):
+    pictures = [example.images[0] for example in examples]
+    maps = predictor.attention(pictures)
+    assert maps.shape == (6, 3, 16)
+    assert (maps >= 0).all() and (maps.sum(-1) <= 1 + 1e-5).all()
+    assert not np.allclose(maps[0], maps[1])
+    projector = Predictor(small.config("mlp"), small.parameters("mlp"))
+    assert projector.attention(pictures) is None
