@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import small
 
+from vlm_jax import config as configs
 from vlm_jax.data import pipeline
 from vlm_jax.evaluation import losses
 from vlm_jax.evaluation.vision import Vision
 from vlm_jax.models import params
+from vlm_jax.parallel import mesh
 
 
 def measured(config, parameters, images="right", limit=6, kind="caption"):
@@ -132,3 +134,12 @@ def test_a_model_without_images_takes_the_same_program():
     assert losses._compiled(config.model)._cache_size() == max(compiled, before)
     # Nor does it depend on which images there would have been.
     assert found == measured(small.blind(config), small.parameters(), "shuffled")
+
+
+def test_losses_on_a_mesh_are_those_of_one_device():
+    config, parameters = small.config(), small.parameters()
+    expected = measured(config, parameters)
+    with jax.set_mesh(mesh.make(configs.Parallel(data=2, fsdp=2, tensor=2))):
+        found = measured(config, parameters)
+    for key, loss in expected.items():
+        assert found[key].nats == pytest.approx(loss.nats, rel=1e-4)

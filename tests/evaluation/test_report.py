@@ -105,7 +105,7 @@ def test_the_stronger_pixels_stand_in_the_table_with_a_verdict():
     (line,) = [
         x
         for x in report.lines(all_scores())
-        if (x.split, x.kind, x.metric) == ("unseen_style", "caption", "exact match %")
+        if (x.split, x.kind, x.metric) == ("unseen_style", "caption", "exact")
     ]
     model, text_only, majority, pixels, other = line.cells
     assert (model.value, model.verdict) == ("60.0", "")

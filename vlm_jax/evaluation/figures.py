@@ -60,7 +60,7 @@ def curves(
     """Losses and the seeing gap over the optimizer's steps.
 
     Args:
-      train: the training loss.
+      train: the training loss, over all kinds.
       losses, gaps: held-out loss and seeing gap by split.
       kinds: held-out loss by kind, on one split.
       text_only: loss of the model without images by split.
@@ -70,7 +70,7 @@ def curves(
     figure, axes = plt.subplots(1, panels, figsize=(5.2 * panels, 3.9), layout="constrained")
     colours = dict(zip(losses, COLOURS, strict=False))
     axes[0].plot(*train, color=PALE, alpha=0.35, linewidth=1)
-    axes[0].plot(train[0], smooth(train[1]), color="#6b7280", label="training")
+    axes[0].plot(train[0], smooth(train[1]), color="#6b7280", label="training, all kinds")
     for split, line in losses.items():
         axes[0].plot(*line, color=colours[split], marker="o", markersize=3, label=spoken(split))
         if split in text_only:

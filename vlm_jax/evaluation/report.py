@@ -13,7 +13,7 @@ import sys
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import rich.box
@@ -33,13 +33,14 @@ COLUMNS = (
     ("pixels all", "nearest pixels"),
     ("pixels other", "nearest, other styles"),
 )
-METRICS = {  # title, factor, decimals, whether more is better
-    "exact": ("exact match %", 100, 1, True),
-    "accuracy": ("accuracy %", 100, 1, True),
-    "cider": ("CIDEr", 1, 2, True),
-    "loss": ("loss", 1, 2, False),
-    "gap": ("seeing gap", 1, 2, True),
+METRICS = {  # title, unit, factor, decimals, whether more is better
+    "exact": ("exact match", " %", 100, 1, True),
+    "accuracy": ("accuracy", " %", 100, 1, True),
+    "cider": ("CIDEr", "", 1, 2, True),
+    "loss": ("loss", "", 1, 2, False),
+    "gap": ("seeing gap", "", 1, 2, True),
 }
+ANSWERS = ("exact", "accuracy")  # shares of right answers
 SHEET = 24  # pictures of each split on the sheet
 QUESTIONS = 8  # samples of each other kind
 VALIDATION = "validation"  # serves choices, so it is not what a report shows first
@@ -66,11 +67,26 @@ class Cell:
 class Line:
     """A line of the table: what was measured on what, the model's cell, the baselines' cells."""
 
-    split: str
     kind: str
+    split: str
     metric: str
+    subset: str
     count: int
     cells: tuple[Cell, ...]
+
+    @property
+    def title(self) -> str:
+        """The metric as people read it."""
+        title, unit, *_ = METRICS[self.metric]
+        return title + unit if self.subset == "all" else f"{title}{unit}, {self.subset}"
+
+
+class Summary(NamedTuple):
+    """Lines about the same examples: right answers, loss, and seeing gap (None without images)."""
+
+    right: Line
+    loss: Line
+    gap: Line | None
 
 
 MARKS = {"better": "▲", "worse": "▼", "even": "≈", "": ""}
@@ -105,6 +121,7 @@ def write(workdir: str | Path) -> Path:
         scores=scores,
         config=read_config(workdir),
         tiles=tiles(scores),
+        summaries=summaries(scores),
         lines=lines(scores),
         columns=[title for _, title in COLUMNS],
         marks=MARKS,
@@ -153,8 +170,10 @@ def curves(scores: Scores, metrics: Sequence[Row]) -> figures.Figure:
         for s in scores.rows
         if (s.kind, s.metric, s.system, s.subset) == (kind, "loss", "text only", "all")
     }
+    # The objective may hold more (label smoothing, auxiliary losses); held-out losses are plain.
+    plain = "nll" if any("nll" in row for row in metrics) else "loss"
     return figures.curves(
-        series(metrics, "loss"),
+        series(metrics, plain),
         lines_of({split: f"eval/{split}/{kind}/loss" for split in splits}),
         lines_of({split: f"eval/{split}/{kind}/gap" for split in splits}),
         lines_of({kind: f"eval/{first}/{kind}/loss" for kind in scores.kinds}),
@@ -216,27 +235,35 @@ def _shown_splits(scores: Scores) -> list[str]:
     return [s for s in scores.splits if s != VALIDATION] or list(scores.splits)
 
 
-def tiles(scores: Scores) -> list[tuple[str, str, str]]:
+def tiles(scores: Scores) -> list[tuple[str, str, list[str]]]:
     """The few figures to read first: title, value, what to compare it with."""
     split, kind = _shown_splits(scores)[0], scores.kinds[0]
-    by_metric = {
-        line.metric: line
-        for line in reversed(lines(scores))
-        if (line.split, line.kind) == (split, kind)
-    }
     found = []
-    for metric, (title, *_) in METRICS.items():
-        line = next((v for m, v in by_metric.items() if m == title), None)
-        if line is None:
-            continue
-        beside = [
-            f"{name}: {cell.value} {MARKS[cell.verdict]}"
-            for (_, name), cell in zip(COLUMNS, line.cells[1:], strict=True)
-            if cell.value
-        ]
-        hint = "wrong image − right image, nats" if metric == "gap" else " · ".join(beside)
-        found.append((f"{title}, {figures.spoken(split)}", line.cells[0].value, hint))
+    for line in lines(scores):
+        if (line.split, line.kind, line.subset) == (split, kind, "all"):
+            title, unit, *_ = METRICS[line.metric]
+            beside = [
+                f"{name} {cell.value} {MARKS[cell.verdict]}"
+                for (_, name), cell in zip(COLUMNS, line.cells[1:], strict=True)
+                if cell.value
+            ]
+            hints = beside or ["wrong image − right image, nats"]
+            found.append((f"{title}, {figures.spoken(split)}", line.cells[0].value + unit, hints))
     return found
+
+
+def summaries(scores: Scores) -> list[Summary]:
+    """One entry per kind and split; captions once more without flags."""
+    shown = {(x.kind, x.split, x.metric, x.subset): x for x in lines(scores)}
+    return [
+        Summary(
+            line,
+            shown[line.kind, line.split, "loss", line.subset],
+            shown.get((line.kind, line.split, "gap", line.subset)),
+        )
+        for line in shown.values()
+        if line.metric in ANSWERS and (line.subset == "all" or line.kind == "caption")
+    ]
 
 
 def lines(scores: Scores) -> list[Line]:
@@ -257,19 +284,18 @@ def lines(scores: Scores) -> list[Line]:
 
 def _line(key: tuple[str, str, str, str], group: Sequence[Score]) -> Line:
     kind, split, metric, subset = key
-    title, *_, more = METRICS[metric]
+    *_, more = METRICS[metric]
     best = max if more else min
     cells = []
     for beginning in (MODEL, *(beginning for beginning, _ in COLUMNS)):
         found = [score for score in group if score.system.startswith(beginning)]
         # Of two sides of pixels the stronger baseline is shown.
         cells.append(_cell(best(found, key=lambda score: score.value)) if found else Cell())
-    label = title if subset == "all" else f"{title}, {subset}"
-    return Line(split, kind, label, group[0].count, tuple(cells))
+    return Line(kind, split, metric, subset, group[0].count, tuple(cells))
 
 
 def _cell(score: Score) -> Cell:
-    _, factor, decimals, more = METRICS[score.metric]
+    _, _, factor, decimals, more = METRICS[score.metric]
 
     def number(value: float, sign: str = "") -> str:
         return f"{factor * value:{sign}.{decimals}f}"
@@ -289,39 +315,44 @@ def table(scores: Scores, width: int = 100) -> str:
     A baseline is marked by how the model compares with it: ▲ better, ▼ worse, ≈ no difference that
     a paired 95 % interval could tell.
     """
-    shown = [
-        line for line in lines(scores) if line.kind == "caption" or "no flags" not in line.metric
-    ]
     colours = sys.stdout.isatty()
     console = rich.console.Console(file=io.StringIO(), width=width, force_terminal=colours)
-    console.print(_answers(shown))
-    console.print(_nats(shown))
+    found = summaries(scores)
+    console.print(_answers(found))
+    console.print(_nats([summary for summary in found if summary.right.subset == "all"]))
     console.print("The model is ▲ better than, ▼ worse than, ≈ not told apart from a baseline.")
     return console.file.getvalue()
 
 
-def _answers(shown: Sequence[Line]) -> rich.table.Table:
-    chosen = [line for line in shown if line.metric.startswith(("exact", "accuracy"))]
-    used = [i for i in range(len(COLUMNS)) if any(line.cells[i + 1].value for line in chosen)]
+def _answers(found: Sequence[Summary]) -> rich.table.Table:
+    used = used_columns([summary.right for summary in found])
     titles = ("n", "model", *(textwrap.fill(COLUMNS[i][1], 9) for i in used))
     rows = [
-        (line, str(line.count), _stated(line.cells[0]), *(_marked(line.cells[i + 1]) for i in used))
-        for line in chosen
+        (right, str(right.count), _stated(right.cells[0]), *map(_marked, _baselines(right, used)))
+        for right, _, _ in found
     ]
     return _grid("Right answers, % (95 % interval)", titles, rows)
 
 
-def _nats(shown: Sequence[Line]) -> rich.table.Table:
-    gaps = {(x.kind, x.split): x.cells[0] for x in shown if x.metric == METRICS["gap"][0]}
+def used_columns(found: Iterable[Line]) -> list[int]:
+    """Which of COLUMNS have a figure in any of these lines."""
+    found = list(found)
+    return [i for i in range(len(COLUMNS)) if any(line.cells[i + 1].value for line in found)]
+
+
+def _baselines(line: Line, used: Sequence[int]) -> list[Cell]:
+    return [line.cells[i + 1] for i in used]
+
+
+def _nats(found: Sequence[Summary]) -> rich.table.Table:
     rows = [
         (
-            line,
-            _stated(line.cells[0]),
-            _marked(line.cells[1]),
-            _stated(gaps.get((line.kind, line.split), Cell())),
+            loss,
+            _stated(loss.cells[0]),
+            _marked(loss.cells[1]),
+            _stated(gap.cells[0] if gap else Cell()),
         )
-        for line in shown
-        if line.metric == METRICS["loss"][0]
+        for _, loss, gap in found
     ]
     titles = ("loss", "without\nimages", "seeing gap")
     return _grid("Nats per answer token (95 % interval)", titles, rows)
@@ -337,7 +368,7 @@ def _grid(title: str, titles: Sequence[str], rows: Iterable[tuple]) -> rich.tabl
     previous = ""
     for line, *cells in rows:
         kind = line.kind if line.kind != previous else ""
-        split = "  without flags" if "no flags" in line.metric else line.split
+        split = line.split if line.subset == "all" else f"  {line.subset}"
         grid.add_row(figures.spoken(kind), figures.spoken(split), *cells)
         previous = line.kind
     return grid
