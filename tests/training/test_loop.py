@@ -14,6 +14,8 @@ from vlm_jax.config import Checkpoint, Eval, Tracking
 from vlm_jax.data import pipeline
 from vlm_jax.errors import ConfigError, Interrupted
 from vlm_jax.training import checkpoints, loop
+from vlm_jax.training import state as states
+from vlm_jax.training import step as steps
 
 CONFIG = tiny.config(
     steps=12,
@@ -30,6 +32,9 @@ CONFIG = tiny.config(
 def run(workdir, monkeypatch, stop_at=-1, config=CONFIG, evaluator=None):
     """A run; the stream fails before batch `stop_at`, as if the process had died."""
     monkeypatch.setattr(pipeline, "train_stream", lambda config: tiny.Stream(stop_at))
+    made = tiny.prepared(config, len(jax.devices()))
+    monkeypatch.setattr(steps, "make_step", lambda *_: made.step)
+    monkeypatch.setattr(states, "create", lambda *_: made.create())
     return loop.train(config, workdir, evaluator or (lambda step, flat: {"eval/x": 2.0 * step}))
 
 

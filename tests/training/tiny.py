@@ -1,13 +1,24 @@
 """A tiny model, config and batch for the training tests."""
 
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from vlm_jax.batch import Batch, Images
 from vlm_jax.config import Config, Data, Model, Train
 from vlm_jax.data.packing import Info
+from vlm_jax.models import params
+from vlm_jax.parallel import mesh as meshes
 from vlm_jax.presets.connectors import Connector
 from vlm_jax.presets.decoders import Decoder
 from vlm_jax.presets.encoders import Encoder
+from vlm_jax.training import adaptation
+from vlm_jax.training import state as states
+from vlm_jax.training import step as steps
 
 ROWS, TOKENS, IMAGES, TEXT, VOCAB = 8, 24, 2, 5, 64
 QUERIES, PATCH, SIDE = 4, 4, 8
@@ -63,6 +74,40 @@ def config(model: Model = MODEL, data: dict | None = None, **fields) -> Config:
         train=Train(**{"steps": 20, "warmup_steps": 3, "lr": 3e-3} | train),
         **fields,
     )
+
+
+class Prepared(NamedTuple):
+    """What a run is made of, compiled once for all tests that share a config."""
+
+    mesh: Mesh
+    plan: adaptation.Plan
+    step: Callable
+    create: Callable
+
+
+def prepared(config: Config, devices: int = 1) -> Prepared:
+    """The step of a config, and a function that gives its first state anew."""
+    key = repr((config, devices))
+    if key not in _PREPARED:
+        mesh = meshes.make(config.parallel, jax.devices()[:devices])
+        plan = adaptation.plan(params.abstract(config.model), config.adaptation)
+        abstract = states.abstract(config, plan, mesh)
+
+        @functools.cache
+        def first() -> states.State:
+            return jax.tree.map(np.asarray, _create(config, plan, mesh))
+
+        def create() -> states.State:
+            # Copies, since a step takes the buffers over.
+            place = lambda leaf, like: jax.device_put(leaf.copy(), like.sharding)  # noqa: E731
+            return jax.tree.map(place, first(), abstract)
+
+        _PREPARED[key] = Prepared(mesh, plan, steps.make_step(config, plan, mesh), create)
+    return _PREPARED[key]
+
+
+_create = states.create  # kept, as tests of the loop put `Prepared.create` in its place
+_PREPARED: dict[str, Prepared] = {}
 
 
 def batch(seed: int, rows: int = ROWS) -> Batch:
