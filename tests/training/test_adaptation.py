@@ -63,7 +63,8 @@ def test_a_catch_all_may_catch_nothing():
 def test_the_printed_table_counts_parameters_and_state():
     plan = adaptation.plan(FLAT, (Rule("encoder/.*", mode="frozen"), Rule(".*", lr=0.5)))
     out = io.StringIO()
-    Console(file=out, width=120).print(adaptation.table(plan, lr=1e-3, ema=True))
+    kept = {"decoder/b/kernel": 8000, "decoder/b/scale": 16_000}
+    Console(file=out, width=120).print(adaptation.table(plan, 1e-3, kept))
     lines = {
         line.split("│")[1].strip(): line for line in out.getvalue().splitlines() if "│" in line
     }

@@ -19,6 +19,7 @@ from vlm_jax.training import step as steps
 
 CONFIG = tiny.config(
     steps=12,
+    optimizer="muon",
     ema=0.9,
     log_every=5,
     bag_of_words=0.5,

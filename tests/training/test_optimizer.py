@@ -83,3 +83,46 @@ def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine(warmup):
 def test_a_warm_up_as_long_as_the_run_is_refused():
     with pytest.raises(ConfigError, match=r"warmup_steps is 100.*than the 20 of config"):
         optimizer.schedule(Train(steps=20, warmup_steps=100))
+
+
+MATRICES = {
+    "decoder/output/kernel": ((12, 30), (12, 30)),
+    "decoder/stack/blocks/attention/query/kernel": ((2, 12, 3, 4), (2, 12, 12)),
+    "decoder/stack/blocks/attention/out/kernel": ((2, 3, 4, 24), (2, 12, 24)),
+    "encoder/stem/0/conv": ((3, 3, 2, 9), (18, 9)),
+}
+VECTORS = {"decoder/embedding": (6, 4), "decoder/norm/scale": (5,), "connector/queries": (4, 4)}
+
+
+def first_muon_update(train, rng):
+    shapes = {path: shape for path, (shape, _) in MATRICES.items()} | VECTORS
+    gradient = {path: rng.normal(size=shape).astype(np.float32) for path, shape in shapes.items()}
+    plan = adaptation.plan(gradient, (Rule("decoder/output/.*", lr=0.5), Rule(".*")))
+    tx = optimizer.make(train, plan)
+    flat = jax.tree.map(jnp.zeros_like, gradient)
+    updates, _ = jax.jit(tx.update)(gradient, tx.init(flat), flat)
+    return gradient, updates
+
+
+def test_muon_steps_along_the_orthogonal_factor_of_each_layers_matrix():
+    train = Train(optimizer="muon", steps=9, warmup_steps=0, lr=0.1, adam_lr=0.03, clip=0.0)
+    gradient, updates = first_muon_update(train, np.random.default_rng(0))
+    for path, (_, flat_shape) in MATRICES.items():
+        gradients = gradient[path].reshape(-1, *flat_shape[-2:])
+        steps = -np.asarray(updates[path]).reshape(gradients.shape)
+        rate = 0.1 * (0.5 if path == "decoder/output/kernel" else 1.0)
+        for g, step in zip(gradients, steps, strict=True):
+            u, _, v = np.linalg.svd(g, full_matrices=False)
+            scaled = step / (rate * 0.2 * math.sqrt(max(g.shape)))
+            # Five Newton-Schulz steps bring singular values to about 1 (0.7 to 1.2, Jordan 2024)
+            # and leave the singular vectors alone.
+            inner = u.T @ scaled @ v.T
+            assert np.abs(inner - np.diag(np.diag(inner))).max() < 0.02, path
+            assert np.diag(inner).min() > 0.3 and np.diag(inner).max() < 1.3, path
+
+
+def test_muon_leaves_embeddings_and_vectors_to_adam_at_its_own_rate():
+    train = Train(optimizer="muon", steps=9, warmup_steps=0, lr=0.1, adam_lr=0.03, clip=0.0)
+    gradient, updates = first_muon_update(train, np.random.default_rng(0))
+    for path in VECTORS:  # Adam's first step is the sign of the gradient
+        np.testing.assert_allclose(updates[path], -0.03 * np.sign(gradient[path]), rtol=1e-4)

@@ -17,9 +17,6 @@ from vlm_jax.errors import ConfigError
 
 Leaf = TypeVar("Leaf")
 
-# float32 moments of AdamW, and the float32 average where there is one.
-MOMENT_BYTES = 8
-EMA_BYTES = 4
 CATCH_ALL = ".*"
 
 
@@ -119,13 +116,13 @@ def _refuse_idle_rules(rules, patterns, rule_of: Mapping[str, int]) -> None:
         )
 
 
-def table(plan: Plan, lr: float, ema: bool = False) -> Table:
+def table(plan: Plan, lr: float, state_bytes: Mapping[str, int]) -> Table:
     """The plan for people: a line per rule.
 
     Args:
       plan: what to show.
       lr: peak learning rate of the run.
-      ema: whether averaged weights are kept.
+      state_bytes: what the optimizer and the average keep for each trainable path.
     """
     shown = Table("group", "mode", "tensors", "parameters", "share", "state", "learning rate")
     shown.columns[0].overflow = "fold"
@@ -133,7 +130,6 @@ def table(plan: Plan, lr: float, ema: bool = False) -> Table:
         column.justify = "right"
     sizes = {path: math.prod(shape.shape) for path, shape in plan.shapes.items()}
     total = sum(sizes.values())
-    per_parameter = MOMENT_BYTES + EMA_BYTES * ema
     for index, rule in enumerate(plan.rules):
         paths = [path for path, covered_by in plan.rule_of.items() if covered_by == index]
         count, trains = sum(sizes[path] for path in paths), rule.mode != "frozen"
@@ -143,7 +139,7 @@ def table(plan: Plan, lr: float, ema: bool = False) -> Table:
             str(len(paths)),
             f"{count:,}",
             f"{count / total:.1%}",
-            readable(count * per_parameter if trains else 0),
+            readable(sum(state_bytes.get(path, 0) for path in paths)),
             f"{lr * rule.lr:.2e}" if trains else "-",
         )
     trained = sum(sizes[path] for path in plan.lr)
@@ -154,7 +150,7 @@ def table(plan: Plan, lr: float, ema: bool = False) -> Table:
         str(len(plan.lr)),
         f"{trained:,}",
         f"{trained / total:.1%}",
-        readable(trained * per_parameter),
+        readable(sum(state_bytes.values())),
         "",
     )
     shown.add_row("all", "", str(len(sizes)), f"{total:,}", "100.0%", "", "")

@@ -83,10 +83,11 @@ def prepare(config: Config, hint: str = "") -> tuple[Mesh, Plan]:
     """
     mesh = meshes.make(config.parallel)
     plan = adaptation.plan(params.abstract(config.model), config.adaptation)
-    parts = memory.check(config, plan, mesh, states.abstract(config, plan, mesh), hint)
+    abstract = states.abstract(config, plan, mesh)
+    parts = memory.check(config, plan, mesh, abstract, hint)
     if jax.process_index() == 0:
         console = Console(width=None if sys.stdout.isatty() else TABLE_WIDTH)
-        console.print(adaptation.table(plan, config.train.lr, bool(config.train.ema)))
+        console.print(adaptation.table(plan, config.train.lr, states.kept_bytes(abstract)))
         estimate = ", ".join(f"{name} {adaptation.readable(x)}" for name, x in parts.items())
         axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
         console.print(f"mesh: {axes}; estimated per device: {estimate}", soft_wrap=True)

@@ -78,6 +78,16 @@ def _place(keys: tuple[Any, ...], places: dict[str, NamedSharding], mesh: Mesh) 
     return places.get(path, sharding.replicated(mesh))
 
 
+def kept_bytes(state: State) -> dict[str, int]:
+    """Bytes that the optimizer and the average keep for each trainable path, over all devices."""
+    kept = dict.fromkeys(state.trainable, 0)
+    for keys, leaf in jax.tree_util.tree_leaves_with_path((state.opt, state.ema)):
+        path = getattr(keys[-1], "key", None)
+        if path in kept:
+            kept[path] += leaf.size * leaf.dtype.itemsize
+    return kept
+
+
 def shardings(state: State) -> State:
     """The shardings of a state or abstract state, as a tree of its shape."""
     return jax.tree.map(lambda leaf: leaf.sharding, state)
