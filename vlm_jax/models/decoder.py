@@ -64,7 +64,8 @@ class LanguageModel(nnx.Module):
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Rows of the embedding table."""
-        x = self.embedding[...].astype(self.decoder.dtype)[tokens]
+        # Cast after the gather, so that the gradients of a frequent token add up in float32.
+        x = self.embedding[...][tokens].astype(self.decoder.dtype)
         return constrain(x, "batch", None, None)
 
     def __call__(
@@ -77,12 +78,13 @@ class LanguageModel(nnx.Module):
         key: Array | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """Hidden states before the final norm, and the cache with this call's keys and values."""
-        x = drop(x, self.decoder.dropout, None if key is None else jax.random.fold_in(key, 1))
+        keys = (None,) * 2 if key is None else jax.random.split(key)
+        x = drop(x, self.decoder.dropout, keys[0])
 
         def apply(block, x, cache, key):
             return block(x, positions, mask, cache, start, key)
 
-        return self.stack(apply, x, per_layer=cache, key=key)
+        return self.stack(apply, x, per_layer=cache, key=keys[1])
 
     def unembed(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Float32 logits of hidden states: the final norm, then the output matrix."""
@@ -91,7 +93,7 @@ class LanguageModel(nnx.Module):
             table = self.embedding[...].astype(x.dtype)
             logits = jnp.einsum("...d,vd->...v", x, table, preferred_element_type=jnp.float32)
         else:
-            logits = self.output(x).astype(jnp.float32)
+            logits = self.output(x, jnp.float32)
         return constrain(logits, "batch", *(None,) * (logits.ndim - 2), "vocab")
 
     def empty_cache(self, rows: int, slots: int) -> Cache:

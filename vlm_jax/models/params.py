@@ -72,7 +72,7 @@ def build(model, flat: dict[str, Array]) -> VLM:
     """The module over these leaves; cheap, made inside jit.
 
     Raises:
-      ValueError: leaves are missing or left over; names the first of each.
+      ValueError: leaves are missing, left over or of another shape; names the first of each.
     """
     graph, state = _abstract(model)
     wanted = {_path(keys) for keys, _ in state}
@@ -81,5 +81,11 @@ def build(model, flat: dict[str, Array]) -> VLM:
         raise ValueError(
             f"parameters do not fit the model: missing {missing[:3]}, extra {extra[:3]}"
         )
+    for keys, leaf in state:
+        if flat[_path(keys)].shape != leaf.shape:  # many another shape would broadcast silently
+            raise ValueError(
+                f"parameter {_path(keys)} has shape {flat[_path(keys)].shape}; the model expects "
+                f"{leaf.shape}: is it another model's?"
+            )
     leaves = [(keys, leaf.replace(flat[_path(keys)])) for keys, leaf in state]
     return nnx.merge(graph, nnx.from_flat_state(leaves))

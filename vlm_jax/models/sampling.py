@@ -77,20 +77,21 @@ def greedy_uncached(
         visual_index=grow(batch.visual_index, -1),
     )
     rows = jnp.arange(batch.tokens.shape[0])
-    done = lengths == 0
-    output = []
-    for index in range(new_tokens):
+
+    def step(index, state):
+        batch, done, output = state
         logits = _last_logits(vlm, batch, visual, lengths + index - 1)
         token = jnp.where(done, eos, logits.argmax(-1).astype(jnp.int32))
-        output.append(token)
-        done = done | (token == eos)
         slot = lengths + index
         batch = batch._replace(
             tokens=batch.tokens.at[rows, slot].set(token),
             segments=batch.segments.at[rows, slot].set(1),
             positions=batch.positions.at[rows, slot].set(slot),
         )
-    return jnp.stack(output, axis=1)
+        return batch, done | (token == eos), output.at[:, index].set(token)
+
+    output = jnp.full((rows.size, new_tokens), eos, jnp.int32)
+    return jax.lax.fori_loop(0, new_tokens, step, (batch, lengths == 0, output))[2]
 
 
 def _last_logits(vlm: VLM, batch: Batch, visual, at: Int[Array, " B"]) -> Float[Array, "B V"]:
