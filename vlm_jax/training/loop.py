@@ -65,6 +65,7 @@ def train(
             log.step(step, sums, info)
             stopping = interrupt.asked(step)
             if _due(step, config.eval.every, config.train.steps) and not stopping:
+                log.settle()
                 with jax.set_mesh(mesh):
                     log.evaluation(step, evaluator(step, state.evaluated()))
             if stopping or _due(step, config.checkpoint.every, config.train.steps):
@@ -139,14 +140,13 @@ class _Log:
         self._pending = _Pending(step, sums, info)
 
     def evaluation(self, step: int, figures: Mapping[str, float]) -> None:
-        """Writes held-out figures after the line of their step."""
-        self._write()
+        """Writes held-out figures after the line of their step, which is settled."""
         self._metrics.write({"step": step, **figures})
         self._progress.evaluation(step, figures)
         self._meter.restart()
 
     def settle(self) -> None:
-        """Writes what is pending and puts it on the disk, before a checkpoint goes there."""
+        """Writes what is pending and puts it on the disk, before a checkpoint or a long wait."""
         self._write()
         self._metrics.sync()
 
