@@ -71,6 +71,16 @@ def test_state_and_data_position_come_back_bit_for_bit(tmp_path, abstract):
     ]
 
 
+def test_the_state_of_muon_comes_back(tmp_path):
+    config = tiny.config(optimizer="muon")
+    abstract = abstract_of(config)
+    save(tmp_path, abstract, 3, config=config)
+    with checkpoints.Checkpoints(tmp_path, config) as saved:
+        state = saved.restore(abstract, tiny.Stream())
+    assert same(state, filled(abstract, 3))
+    assert jax.tree.structure(state) == jax.tree.structure(abstract)
+
+
 def test_an_empty_workdir_has_nothing_to_restore(tmp_path, abstract):
     with checkpoints.Checkpoints(tmp_path, CONFIG) as saved:
         assert saved.restore(abstract, tiny.Stream()) is None

@@ -17,6 +17,7 @@ from vlm_jax.training import objectives, optimizer
 from vlm_jax.training import state as states
 from vlm_jax.training import step as steps
 
+BASE = {"ema": 0.9, "bag_of_words": 0.5}
 FROZEN = tiny.config(adaptation=(Rule("encoder/.*", mode="frozen"), Rule(".*")), ema=0.5)
 
 
@@ -32,7 +33,7 @@ def run(config, count, devices=1):
 
 @functools.cache
 def losses_on_one_device(optimizer_name):
-    return run(tiny.config(optimizer=optimizer_name), 20)[0]
+    return run(tiny.config(**BASE, optimizer=optimizer_name), 20)[0]
 
 
 @pytest.mark.parametrize(
@@ -47,7 +48,9 @@ def losses_on_one_device(optimizer_name):
 def test_twenty_losses_do_not_depend_on_the_mesh(parallel, optimizer_name):
     if len(jax.devices()) < 8:
         pytest.skip("needs 8 simulated devices")
-    losses, state = run(tiny.config(parallel=parallel, optimizer=optimizer_name), 20, devices=8)
+    losses, state = run(
+        tiny.config(**BASE, parallel=parallel, optimizer=optimizer_name), 20, devices=8
+    )
     np.testing.assert_allclose(losses, losses_on_one_device(optimizer_name), rtol=1e-5)
     assert np.mean(losses[-4:]) < np.mean(losses[:4])  # the same four batches
     spread = [leaf for leaf in state.trainable.values() if not leaf.sharding.is_fully_replicated]
@@ -131,7 +134,7 @@ def test_the_average_follows_its_formula():
 
 def test_dropout_differs_between_steps_and_repeats_with_the_seed():
     # The warm-up starts at a learning rate of zero: only dropout tells the first two steps apart.
-    mesh, _, step, create = tiny.prepared(tiny.config())
+    mesh, _, step, create = tiny.prepared(tiny.config(**BASE))
     runs = []
     for _ in range(2):
         state, losses = create(), []
@@ -151,7 +154,7 @@ def test_rows_that_do_not_divide_are_refused():
 
 
 def test_a_step_is_the_gradient_of_the_loss_through_the_optimizer():
-    config = tiny.config()
+    config = tiny.config(**BASE)
     mesh, plan, step, create = tiny.prepared(config)
     state, flat = create(), create().trainable
 
