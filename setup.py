@@ -42,7 +42,7 @@ INSTALL = [
 
 EXTRAS = {
     # Hardware
-    "tpu": [*jax_with("tpu"), "etils[epath-gcs]>=1.10"],  # the runs of a slice live on gs://
+    "tpu": jax_with("tpu"),
     "cuda": jax_with("cuda12"),
     # Purposes
     "prepare": [],  # building data sets needs no more than a run does

@@ -27,7 +27,7 @@ options
   --runtime=VERSION   software version; by default the generation's
   --spot              cheaper capacity that may be taken back at any time
   --config=FILE       configs/NAME.py, with an optional :variant
-  --workdir=DIR       folder of the run; gs://... so that it outlives the slice
+  --workdir=DIR       folder of the run; on a mounted bucket it outlives the slice
   --poll=SECONDS      first pause between two looks at the slice (default 10); doubles up to 8 times it
   --dry-run           print the exact commands and do nothing
   FLAGS               given to vlm_jax.main as they are: --config.train.steps=100
@@ -183,7 +183,7 @@ copy() {
 start() {
   local train
   train="$(quote -m vlm_jax.main --config="$config" --workdir="$workdir" "${flags[@]}")"
-  [[ "$workdir" == gs://* ]] || say "warning: $workdir is on the slice and goes with it"
+  say "unless it is on a mounted bucket, $workdir goes with the slice"
   on_workers "$WORKER start $train"
 }
 
@@ -286,7 +286,8 @@ check() {
   if [[ "$verb" =~ ^(launch|run|all)$ ]]; then
     [[ "$config" != /* && -f "$ROOT/${config%%:*}" ]] ||
       fail 64 "--config=${config:-(none)}: expected a file of this working tree, like configs/tiny.py"
-    [[ -n "$workdir" ]] || fail 64 "--workdir is missing: the folder of the run, gs://BUCKET/..."
+    [[ -n "$workdir" ]] || fail 64 "--workdir is missing: the folder of the run"
+    [[ "$workdir" != *://* ]] || fail 64 "--workdir=$workdir is a URL: name a mounted bucket's folder"
   fi
   ((dry_run)) || command -v gcloud >/dev/null ||
     fail 69 "gcloud was not found: install the Google Cloud CLI, or use --dry-run"

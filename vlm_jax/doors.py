@@ -1,10 +1,13 @@
 """What every door shares: flags in, one call, an exit code (sysexits) and a message for people."""
 
+import contextlib
 import re
+import runpy
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from vlm_jax import config as configs
 from vlm_jax.errors import ConfigError, VlmError
@@ -14,6 +17,8 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     """Runs a door: a refusal ends with its exit code and its message, not with a traceback."""
 
     def guarded(argv: Sequence[str]) -> None:
+        if flags.FLAGS["verbosity"].using_default_value:
+            logging.set_verbosity(logging.WARNING)  # Orbax tells every rename
         try:
             main(argv)
         except VlmError as error:
@@ -38,6 +43,26 @@ def config(flag: flags.FlagHolder) -> configs.Config:
         return configs.resolve(flag.value)
     except OSError as error:  # ml_collections reports a missing file when its value is read
         raise ConfigError(str(error)) from error
+
+
+def folder(value: str) -> Path:
+    """The folder that a flag names.
+
+    Raises:
+      ConfigError: it is a URL.
+    """
+    if "://" in value:
+        raise ConfigError(f"{value} is a URL; expected a folder, such as a mounted bucket's")
+    return Path(value).expanduser().absolute()
+
+
+def smaller_variant(flag: flags.FlagHolder) -> str:
+    """How to run the `smoke` variant of the config file of a `--config` flag; "" without one."""
+    path, _, variant = flags.FLAGS[flag.name].config_filename.partition(":")
+    with contextlib.suppress(Exception):  # a file without variants may refuse the word as it likes
+        if not variant and runpy.run_path(path)["get_config"]("smoke"):
+            return f"--config={path}:smoke runs the same structure at tiny widths"
+    return ""
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

@@ -21,17 +21,23 @@ flags.mark_flags_as_required(["config", "workdir"])
 def main(argv: Sequence[str]) -> None:
     """Trains, scores and reports."""
     doors.no_arguments(argv)
-    run(doors.config(_CONFIG), Path(_WORKDIR.value).expanduser().absolute())
+    run(doors.config(_CONFIG), doors.folder(_WORKDIR.value), doors.smaller_variant(_CONFIG))
 
 
-def run(config: Config, workdir: Path) -> None:
-    """A whole run: the model, the same without images, the scores of both, the report."""
+def run(config: Config, workdir: Path, smaller: str = "") -> None:
+    """A whole run: the model, the same without images, the scores of both, the report.
+
+    Args:
+      config: the run.
+      workdir: its folder.
+      smaller: what to try where the devices cannot hold it.
+    """
     from vlm_jax.evaluation import report
     from vlm_jax.evaluation.evaluator import Evaluator
     from vlm_jax.training import loop
 
     evaluator = Evaluator(config, workdir)
-    state = loop.train(config, workdir, evaluator)
+    state = loop.train(config, workdir, evaluator, smaller)
     text_only = None
     if config.eval.text_only_steps:
         text_only = train_text_only(config, workdir / "text_only")

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 SLICE = ["--name=demo", "--type=v6e-16"]
-RUN = [*SLICE, "--config=configs/tiny.py", "--workdir=gs://bucket/run"]
+RUN = [*SLICE, "--config=configs/tiny.py", "--workdir=/mnt/bucket/run"]
 GOLDEN = """\
 gcloud compute tpus queued-resources describe demo --zone=us-east5-b '--format=value(state.state)'
 gcloud compute tpus queued-resources create demo --zone=us-east5-b --node-id=demo \
@@ -27,7 +27,7 @@ gcloud compute tpus tpu-vm ssh demo --zone=us-east5-b --worker=all \
 '--command=bash vlm_jax/launch/worker.sh install'
 gcloud compute tpus tpu-vm ssh demo --zone=us-east5-b --worker=all \
 '--command=bash vlm_jax/launch/worker.sh start \
--m vlm_jax.main --config=configs/tiny.py --workdir=gs://bucket/run --config.train.steps=9'
+-m vlm_jax.main --config=configs/tiny.py --workdir=/mnt/bucket/run --config.train.steps=9'
 gcloud compute tpus tpu-vm ssh demo --zone=us-east5-b --worker=all \
 '--command=bash vlm_jax/launch/worker.sh follow +1'
 """
@@ -130,7 +130,7 @@ def test_a_launch_waits_until_the_slice_is_active_then_copies_installs_runs_and_
         "--command=mkdir -p vlm_jax && tar -xzf vlm_jax.tgz -C vlm_jax",
         "--command=bash vlm_jax/launch/worker.sh install",
         "--command=bash vlm_jax/launch/worker.sh start"
-        " -m vlm_jax.main --config=configs/tiny.py --workdir=gs://bucket/run",
+        " -m vlm_jax.main --config=configs/tiny.py --workdir=/mnt/bucket/run",
         "--command=bash vlm_jax/launch/worker.sh follow +1",
     ]
 
@@ -295,7 +295,7 @@ def test_awkward_arguments_reach_the_program_unchanged(worker):
         result = call("bash", "-c", line, env=worker.environment)
         assert result.returncode == 0, result.stderr
     arguments = json.loads(result.stdout.removeprefix("[worker 3] "))
-    assert arguments == ["--config=configs/tiny.py", "--workdir=gs://bucket/run", *AWKWARD]
+    assert arguments == ["--config=configs/tiny.py", "--workdir=/mnt/bucket/run", *AWKWARD]
     assert not list(worker.folder.rglob("pwned"))
 
 

@@ -19,7 +19,7 @@ class Best:
     They are kept in a file, so that a continued run still has them.
 
     Args:
-      evaluate: gives {"eval/validation/KIND/loss": nats per answer token, ...}; all kinds count alike.
+      evaluate: gives {"eval/validation/KIND/loss": nats per answer token}; all kinds count alike.
       path: the .npz file of the best parameters; its step and loss lie beside it.
     """
 

@@ -1,0 +1,146 @@
+"""Whole runs through the doors, as processes: exit codes, and what a kill leaves behind."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vlm_jax.training import checkpoints
+
+ROOT = Path(__file__).parents[1]
+SMOKE = [
+    "--config=configs/vit_g.py:smoke",
+    "--config.train.steps=24",
+    "--config.eval.every=0",
+    "--config.eval.final_examples=4",
+    "--config.checkpoint.every=4",
+    "--config.eval.kinds=('caption',)",
+    "--config.eval.max_new_tokens=4",
+]
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "vlm_jax.main", *arguments]
+
+
+def start(*arguments: str, **pipes) -> subprocess.Popen:
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    return subprocess.Popen(command(*arguments), cwd=ROOT, env=environment, text=True, **pipes)
+
+
+def finish(*arguments: str) -> tuple[int, str]:
+    process = start(*arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    output, _ = process.communicate(timeout=600)
+    return process.returncode, output
+
+
+def lines(workdir: Path) -> list[dict]:
+    """metrics.jsonl without wall-clock figures."""
+    path = workdir / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [{k: v for k, v in row.items() if not k.startswith("time")} for row in rows]
+
+
+def steps_done(workdir: Path) -> int:
+    path = workdir / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def state(workdir: Path) -> dict[str, np.ndarray]:
+    """Every array of the newest checkpoint."""
+    import jax
+    from orbax.checkpoint import v1 as ocp
+
+    with ocp.training.Checkpointer((workdir / checkpoints.FOLDER).absolute()) as orbax:
+        items = orbax.load_checkpointables(orbax.latest.step)
+    flat, _ = jax.tree_util.tree_flatten_with_path(items)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in flat}
+
+
+def test_an_unknown_key_on_the_command_line_names_the_nearest_and_exits_78(tmp_path):
+    code, output = finish(
+        "--config=configs/tiny.py", f"--workdir={tmp_path}/run", "--config.train.stepz=3"
+    )
+    assert code == 78
+    assert "unknown config key config.train.stepz; did you mean config.train.steps?" in output
+
+
+def test_a_model_too_large_for_the_machine_exits_78_before_anything_is_made(tmp_path):
+    began = time.monotonic()
+    code, output = finish("--config=configs/vit_g.py", f"--workdir={tmp_path}/run")
+    assert code == 78
+    assert time.monotonic() - began < 60
+    assert re.search(r"needs [\d,]+ bytes .* per device and each of the 1 devices", output)
+    assert "--config=configs/vit_g.py:smoke" in output
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("unbroken") / "run"
+    code, output = finish(*SMOKE, f"--workdir={workdir}")
+    assert code == 0, output
+    return workdir
+
+
+@pytest.mark.slow
+def test_the_same_seed_gives_the_same_losses_at_every_step(unbroken, tmp_path):
+    code, output = finish(*SMOKE, f"--workdir={tmp_path}/again")
+    assert code == 0, output
+    assert lines(tmp_path / "again") == lines(unbroken)
+
+
+@pytest.mark.slow
+def test_a_run_killed_three_times_ends_bit_for_bit_like_the_unbroken_one(unbroken, tmp_path):
+    workdir = tmp_path / "killed"
+    rng = np.random.default_rng(time.time_ns())
+    folder = workdir / checkpoints.FOLDER
+
+    def saving() -> bool:
+        return folder.is_dir() and any("tmp" in entry.name for entry in folder.iterdir())
+
+    kills = [
+        (f"after line {n}", lambda n=n: steps_done(workdir) >= n)
+        for n in sorted(rng.integers(1, 20, 2).tolist())
+    ]
+    kills.insert(1, ("during a save", saving))
+    for name, due in kills:
+        process = start(*SMOKE, f"--workdir={workdir}")
+        while not due() and process.poll() is None:
+            time.sleep(0.001)
+        os.kill(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, f"{name}: the run ended before it was killed"
+    code, output = finish(*SMOKE, f"--workdir={workdir}")
+    assert code == 0, output
+    assert lines(workdir) == lines(unbroken)
+    theirs, ours = state(unbroken), state(workdir)
+    assert theirs.keys() == ours.keys()
+    for path, array in theirs.items():
+        assert array.tobytes() == ours[path].tobytes(), path
+
+
+@pytest.mark.slow
+def test_a_trained_run_answers_through_generate_and_load(unbroken):
+    import vlm_jax
+    from vlm_jax.data.emoji import EmojiSource
+
+    example = EmojiSource("unseen_style", "caption")[0]
+    picture = unbroken / "picture.png"
+    picture.write_bytes(example.images[0])
+    answer = subprocess.run(
+        [sys.executable, "-m", "vlm_jax.generate", f"--model={unbroken}", f"--image={picture}"],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert answer.stdout.strip() == vlm_jax.load(unbroken).generate([picture], [""])[0]
+    assert (unbroken / "report.html").stat().st_size > 100_000
