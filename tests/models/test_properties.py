@@ -126,9 +126,11 @@ def test_every_leaf_gets_the_same_finite_gradient_with_and_without_remat(name):
     plain, remat = (
         gradients(change(dropped, remat=remat), flat, batch, key) for remat in (False, True)
     )
+    # A softmax does not feel key biases: their gradients are rounding errors of 0.
+    largest = max(np.abs(gradient).max() for gradient in plain.values())
     for path, gradient in plain.items():
         assert np.isfinite(gradient).all() and np.any(gradient), path
-        atol = 1e-5 * np.abs(gradient).max() + 1e-6
+        atol = 1e-5 * np.abs(gradient).max() + 1e-6 * largest
         np.testing.assert_allclose(remat[path], gradient, rtol=1e-3, atol=atol, err_msg=path)
 
 
