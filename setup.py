@@ -57,6 +57,7 @@ EXTRAS = {
         "nbclient>=0.10",
         "nbformat>=5.10",
         "torch==2.13.0",
+        "pycocoevalcap>=1.2",
         "transformers>=5",
     ],
 }

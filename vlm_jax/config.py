@@ -131,7 +131,7 @@ class Train:
       bag_of_words: weight of the auxiliary loss by which an image's mean visual token names the
         words of that image's text.
       ema: decay of the averaged weights that evaluation and export use; 0 = the last weights.
-      log_every: steps between lines of metrics.
+      log_every: steps between lines on the terminal and points in TensorBoard.
     """
 
     steps: int = 1000
