@@ -36,10 +36,10 @@ ENCODER = Encoder(
     **FLOAT32,
 )
 CONNECTOR = Connector(
-    kind="perceiver", queries=8, layers=1, width=192, hidden=384, heads=3, kv_heads=3, **FLOAT32
+    kind="perceiver", queries=8, layers=1, width=128, hidden=384, heads=2, kv_heads=2, **FLOAT32
 )
 DECODER = llama(
-    "1m", vocab=3072, width=192, depth=2, mlp=512, heads=3, kv_heads=3, head_dim=64, **FLOAT32
+    "1m", vocab=3072, width=128, depth=2, mlp=384, heads=2, kv_heads=2, head_dim=64, **FLOAT32
 )
 
 # Two of the three styles are flat drawings and the third is shaded: geometry, colour and light must
@@ -76,9 +76,9 @@ def get_config(variant: str = ""):
     return c.default(
         name="emoji",
         model=c.Model(ENCODER, CONNECTOR, DECODER),
-        data=c.Data(mixture=MIXTURE, rows=40, tokens=88, images_per_row=4, augment=AUGMENT),
+        data=c.Data(mixture=MIXTURE, rows=40, tokens=80, images_per_row=4, augment=AUGMENT),
         train=c.Train(
-            steps=2400,
+            steps=2200,
             optimizer="muon",
             lr=2e-3,
             adam_lr=3e-3,

@@ -17,7 +17,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     """Runs a door: a refusal ends with its exit code and its message, not with a traceback."""
 
     def guarded(argv: Sequence[str]) -> None:
-        if flags.FLAGS["verbosity"].using_default_value:
+        if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # Orbax tells every rename
         try:
             main(argv)
