@@ -23,9 +23,11 @@ def test_a_notebook_is_kept_without_outputs(notebook):
 
 
 @pytest.mark.slow
-def test_a_notebook_runs_from_the_first_cell_to_the_last(notebook, tmp_path):
+def test_a_notebook_runs_from_the_first_cell_to_the_last(notebook, tmp_path, monkeypatch):
     import nbclient
     import nbformat
+
+    monkeypatch.delenv("XLA_FLAGS")  # a reader has neither simulated devices nor slow programs
 
     # A copy beside the sources: what the notebook writes under runs/ goes with the copy.
     for name in ("vlm_jax", "configs"):
