@@ -9,13 +9,9 @@ from typing import Any
 import matplotlib
 import numpy as np
 from jaxtyping import Float
-from PIL import Image
-
-matplotlib.use("Agg")  # no display is needed
-
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 
 RIGHT, WRONG, INK, PALE = "#15803d", "#b91c1c", "#1f2937", "#9ca3af"
 # Training is grey; splits take these in the order of the config, kinds the rest of the circle.
@@ -43,9 +39,17 @@ Row = Mapping[str, Any]
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Writes a figure as PNG and frees it."""
+    """Writes a figure as PNG."""
     figure.savefig(path, dpi=130, bbox_inches="tight")
-    plt.close(figure)
+
+
+def grid(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, np.ndarray]:
+    """A figure of `size` inches and its axes [rows, columns].
+
+    Without pyplot: that would choose a backend for the whole process, a notebook's included.
+    """
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 @matplotlib.rc_context(STYLE)
@@ -67,7 +71,7 @@ def curves(
       titles: what `losses` and `kinds` are about.
     """
     panels = 2 + (len(kinds) > 1)
-    figure, axes = plt.subplots(1, panels, figsize=(5.2 * panels, 3.9), layout="constrained")
+    figure, (axes,) = grid(1, panels, (5.2 * panels, 3.9))
     colours = dict(zip(losses, COLOURS, strict=False))
     axes[0].plot(*train, color=PALE, alpha=0.35, linewidth=1)
     axes[0].plot(train[0], smooth(train[1]), color="#6b7280", label="training, all kinds")
@@ -122,13 +126,8 @@ def sheet(groups: Mapping[str, Sequence[Row]], folder: Path, columns: int = 8) -
         for title, rows in groups.items()
         for start in range(0, len(rows), columns)
     ]
-    figure, axes = plt.subplots(
-        max(len(lines), 1),
-        columns,
-        figsize=(1.75 * columns, 2.35 * max(len(lines), 1)),
-        squeeze=False,
-        layout="constrained",
-    )
+    count = max(len(lines), 1)
+    figure, axes = grid(count, columns, (1.75 * columns, 2.35 * count))
     for line, (title, rows) in zip(axes, lines, strict=False):
         for axis in line:
             axis.axis("off")
@@ -167,13 +166,7 @@ def attention(rows: Sequence[Row], folder: Path) -> Figure:
       folder: where the image paths start.
     """
     columns = 2 + min(PEAK_QUERIES, max(len(row["maps"]) for row in rows))
-    figure, axes = plt.subplots(
-        len(rows),
-        columns,
-        figsize=(1.75 * columns, 1.98 * len(rows)),
-        squeeze=False,
-        layout="constrained",
-    )
+    figure, axes = grid(len(rows), columns, (1.75 * columns, 1.98 * len(rows)))
     for line, row in zip(axes, rows, strict=True):
         picture = np.asarray(Image.open(folder / row["image"]).convert("RGB"))
         maps = np.array(row["maps"]).reshape(-1, *row["grid"])
