@@ -61,7 +61,7 @@ def get_config(variant: str = ""):
         model=c.Model(ENCODER, CONNECTOR, DECODER),
         data=c.Data(mixture=MIXTURE, rows=16, tokens=88, images_per_row=5, augment=AUGMENT),
         train=c.Train(
-            steps=1000,
+            steps=900,
             optimizer="muon",
             lr=2e-3,
             adam_lr=3e-3,
@@ -71,6 +71,6 @@ def get_config(variant: str = ""):
             bag_of_words=0.5,
             ema=0.99,
         ),
-        checkpoint=c.Checkpoint(every=250),
-        eval=c.Eval(every=250, kinds=kinds, examples=64, text_only_steps=200),
+        checkpoint=c.Checkpoint(every=225),
+        eval=c.Eval(every=225, kinds=kinds, examples=64, text_only_steps=200),
     )
