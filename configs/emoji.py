@@ -1,4 +1,4 @@
-"""The best model that an hour on two CPU cores trains on the embedded pictures.
+"""All kinds of examples of the embedded pictures, sized for an hour on two CPU cores.
 
 python -m vlm_jax.main --config=configs/emoji.py --workdir=runs/emoji
 """
