@@ -82,6 +82,18 @@ def test_a_model_too_large_for_the_machine_exits_78_before_anything_is_made(tmp_
     assert not (tmp_path / "run").exists()
 
 
+def test_a_text_only_baseline_shorter_than_the_warm_up_still_trains():
+    from configs import tiny
+    from vlm_jax import config, main
+    from vlm_jax.training import optimizer
+
+    settings = tiny.get_config()
+    settings.eval.text_only_steps = settings.train.warmup_steps // 2
+    baseline = main.text_only_config(config.resolve(settings))
+    assert not baseline.data.images and baseline.eval.splits == ("validation",)
+    assert optimizer.schedule(baseline.train)(baseline.train.warmup_steps) == baseline.train.lr
+
+
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("unbroken") / "run"

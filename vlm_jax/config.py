@@ -382,6 +382,7 @@ def check(config: Config) -> None:
         if value not in choices:
             raise ConfigError(f"config.{path} is {value!r}; expected one of {', '.join(choices)}")
     encoder, decoder, data = config.model.encoder, config.model.decoder, config.data
+    connector = config.model.connector
     _require(
         encoder.image_size % encoder.patch == 0,
         "model.encoder.image_size",
@@ -401,6 +402,20 @@ def check(config: Config) -> None:
         encoder.width,
         f"a multiple of its {encoder.heads} heads",
     )
+    if connector.kind == "perceiver":
+        width = connector.width or decoder.width
+        _require(
+            width % connector.heads == 0,
+            "model.connector.heads",
+            connector.heads,
+            f"a divisor of the connector's width {width}",
+        )
+        _require(
+            connector.heads % connector.kv_heads == 0,
+            "model.connector.heads",
+            connector.heads,
+            f"a multiple of its {connector.kv_heads} key/value heads",
+        )
     _require(
         decoder.heads % decoder.kv_heads == 0,
         "model.decoder.heads",

@@ -53,21 +53,24 @@ def train_text_only(config: Config, workdir: Path):
     from vlm_jax.evaluation.selection import Best
     from vlm_jax.training import loop
 
-    config = without_images(config)
+    config = text_only_config(config)
     best = Best(Evaluator(config, workdir), workdir / "best.npz")
     loop.train(config, workdir, best)
     return best.params()
 
 
-def without_images(config: Config) -> Config:
-    """The text-only baseline of a config: all else held equal, at its best validation loss."""
-    data, train, measured = config.data, config.train, config.eval
+def text_only_config(config: Config) -> Config:
+    """The text-only baseline of a config: all else held equal, its own number of steps."""
+    from vlm_jax.evaluation.evaluator import without_images
+
+    steps, every = config.eval.text_only_steps, config.eval.text_only_every
+    # A baseline shorter than the warm-up would be refused after the model has been trained.
+    warmup = min(config.train.warmup_steps, steps // 4)
     return dataclasses.replace(
-        config,
+        without_images(config),
         name=f"{config.name}-text-only",
-        data=dataclasses.replace(data, images=False),
-        train=dataclasses.replace(train, steps=measured.text_only_steps, bag_of_words=0.0),
-        eval=dataclasses.replace(measured, every=measured.text_only_every, splits=("validation",)),
+        train=dataclasses.replace(config.train, steps=steps, warmup_steps=warmup, bag_of_words=0.0),
+        eval=dataclasses.replace(config.eval, every=every, splits=("validation",)),
     )
 
 

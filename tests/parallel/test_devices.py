@@ -1,7 +1,6 @@
 """Memory figures of devices."""
 
 import jax
-import pytest
 
 from vlm_jax.parallel import devices
 
@@ -33,15 +32,3 @@ def test_a_container_has_no_more_than_its_limit(monkeypatch, tmp_path):
     assert free > 12345
     limit.write_text("12345\n")
     assert devices.host_memory() == 12345
-
-
-@pytest.mark.parametrize(
-    ("asked", "hosts", "joins"),
-    [(False, "", False), (False, "one", False), (False, "one,two", True), (True, "", True)],
-)
-def test_hosts_are_joined_only_when_there_are_several(monkeypatch, asked, hosts, joins):
-    calls = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda: calls.append(1))
-    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", hosts)
-    devices.start(asked)
-    assert bool(calls) == joins

@@ -1,4 +1,4 @@
-"""What the devices of this machine offer, and joining the other hosts of a slice."""
+"""What the devices of this machine offer."""
 
 import os
 from pathlib import Path
@@ -7,21 +7,6 @@ import jax
 
 # Linux control groups, versions 2 and 1: a container may have less than its machine.
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-
-
-def start(multi_host: bool = False) -> None:
-    """Joins the other hosts of a run; call it before anything else touches jax.
-
-    Args:
-      multi_host: whether this process is one of several. Recognised without being asked where the
-        environment names several workers of a TPU slice (Cloud TPU on GKE sets
-        TPU_WORKER_HOSTNAMES). jax finds coordinator, count and id of the processes by itself on
-        TPU, GKE and Slurm, and elsewhere in JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
-        JAX_PROCESS_ID.
-    """
-    slice_of_several = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
-    if multi_host or slice_of_several:
-        jax.distributed.initialize()
 
 
 def memory(devices: list[jax.Device] | None = None) -> int:

@@ -33,7 +33,8 @@ class Decoder:
     remat: bool = True
 
 
-# Published shapes (each model's config.json) and, below 100M, sizes of our own for small machines.
+# Published shapes (each model's config.json; llama3.2's scaled rotary frequencies and mistral's
+# sliding window are not fields yet) and, below 100M, sizes of our own for small machines.
 # vocab, width, depth, mlp, heads, kv_heads, head_dim, then fields.
 SIZES = {
     "1m": Decoder(2048, 128, 4, 384, 4, 2, 32, tied=True),
