@@ -92,6 +92,8 @@ class Data:
       tokens: text positions of a row, T.
       images_per_row: image slots of a row, N.
       text_tokens: tokens kept of an image's second text, S.
+      views: pictures of one thing that come one after the other in training, so that a batch holds
+        what the contrastive loss draws together; 1 shuffles pictures without regard to that.
       pool: documents the packer chooses from; more of them, less padding.
       threads: threads that read, decode and augment.
       bad_samples: share of bad samples, over a window of 10,000, that ends the run with code 65.
@@ -107,6 +109,7 @@ class Data:
     tokens: int = 256
     images_per_row: int = 8
     text_tokens: int = 16
+    views: int = 1
     pool: int = 64
     threads: int = 2
     bad_samples: float = 0.01
@@ -130,6 +133,9 @@ class Train:
       label_smoothing: share of the target spread over the vocabulary.
       bag_of_words: weight of the auxiliary loss by which an image's mean visual token names the
         words of that image's text.
+      contrastive: weight of the auxiliary loss that draws together the mean visual tokens of
+        images with the same text.
+      temperature: of the contrastive loss.
       ema: decay of the averaged weights that evaluation and export use; 0 = the last weights.
       log_every: steps between lines on the terminal and points in TensorBoard.
     """
@@ -147,6 +153,8 @@ class Train:
     clip: float = 1.0
     label_smoothing: float = 0.0
     bag_of_words: float = 0.0
+    contrastive: float = 0.0
+    temperature: float = 0.1
     ema: float = 0.0
     log_every: int = 10
 

@@ -232,6 +232,13 @@ class EmojiSource:
         place = KINDS.index(self.kind), SPLITS.index(self.split)
         return self.example(index, np.random.default_rng((self.seed, index, *place)))
 
+    def groups(self) -> list[list[int]]:
+        """Indices of the anchors that show one concept in its styles, for every concept."""
+        found: dict[str, list[int]] = {}
+        for index, record in enumerate(self._anchors):
+            found.setdefault(record.key, []).append(index)
+        return list(found.values())
+
     def example(self, index: int, rng: np.random.Generator) -> Example:
         """The Example about anchor `index` whose question, names and layout `rng` draws."""
         record = self._anchors[index]

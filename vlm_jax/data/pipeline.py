@@ -11,7 +11,6 @@ import functools
 import itertools
 import queue
 import threading
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +18,7 @@ import numpy as np
 
 from vlm_jax.batch import Batch
 from vlm_jax.config import Config
-from vlm_jax.data import documents, packing, sources
+from vlm_jax.data import documents, order, packing, sources
 from vlm_jax.data import tokenizer as tokenizers
 from vlm_jax.data.documents import Document
 from vlm_jax.data.example import Example, Image, ImageRef, Turn
@@ -260,9 +259,8 @@ def _stream(config: Config, opened: Mapping[str, sources.Source], tokenizer: Tok
         return documents.document(opened[name].example(index, rng), config, tokenizer, rng)
 
     def shuffled(name: str):
-        seed = (config.seed + zlib.crc32(name.encode())) % 2**32
-        order = grain.MapDataset.range(len(opened[name])).shuffle(seed=seed).repeat()
-        return order.map(lambda index: (name, int(index)))
+        indices = order.shuffled(opened[name], name, config.seed, config.data.views)
+        return indices.map(lambda index: (name, int(index)))
 
     names = list(opened)
     mixed = grain.MapDataset.mix(
@@ -303,6 +301,7 @@ def _fingerprint(
         "visual_tokens": config.model.visual_tokens,
         "image_size": config.model.encoder.image_size,
         "pool": data.pool,
+        "views": data.views,
     }
 
 

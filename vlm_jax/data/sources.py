@@ -21,6 +21,10 @@ class Source(Protocol):
         """Example `index`; what it leaves to chance (a question, a layout) is drawn from `rng`."""
         ...
 
+    def groups(self) -> Sequence[Sequence[int]]:
+        """Indices of the examples about one and the same thing, for every thing."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class Family:

@@ -21,7 +21,7 @@ def row(step: int, sums: Mapping[str, Any], info: Info) -> Row:
     """A step's line, from the sums of `objectives.losses` on the host.
 
     `loss` is nats per supervised token; `objective` is what was minimised (with label smoothing and
-    the auxiliary loss).
+    the auxiliary losses).
     """
     weight = max(float(sums["weight"]), 1.0)
     line = {
@@ -36,8 +36,10 @@ def row(step: int, sums: Mapping[str, Any], info: Info) -> Row:
         "images": int(sums["images"]),
         "padding": 1.0 - int(sums["tokens"]) / int(sums["positions"]),
     }
-    if "words_nll" in sums:
-        line["words_loss"] = float(sums["words_nll"]) / max(int(sums["words_images"]), 1)
+    for name in ("words", "contrastive"):
+        if f"{name}_nll" in sums:
+            images = max(int(sums[f"{name}_images"]), 1)
+            line[f"{name}_loss"] = float(sums[f"{name}_nll"]) / images
     if info.rejects:
         rejects = sorted(info.rejects.items())
         line["rejects"] = {f"{source}/{reason}": count for (source, reason), count in rejects}

@@ -13,6 +13,8 @@ from vlm_jax.models.vlm import VLM
 
 Sums = dict[str, Array]
 
+HIDDEN = -1e30  # not infinity: an image without any other would give gradients of NaN
+
 
 def losses(
     vlm: VLM, batch: Batch, config: Config, dropout: Array | None = None
@@ -22,12 +24,13 @@ def losses(
     The loss is the sum over the supervised tokens of the whole batch divided by their weight, so it
     does not depend on how rows are spread over devices. Metrics: `nll` (without smoothing),
     `weight` and `correct` over supervised tokens; `tokens` (real ones), `positions` (with padding)
-    and `images`; with the auxiliary loss `words_nll` over `words_images`.
+    and `images`; with the auxiliary losses `words_nll` over `words_images` and `contrastive_nll`
+    over `contrastive_images`.
 
     Args:
       vlm: the model over its parameters.
       batch: a global batch.
-      config: read for `data.images`, the smoothing and the weight of the auxiliary loss.
+      config: read for `data.images`, the smoothing and the weights of the auxiliary losses.
       dropout: PRNG key; None = evaluation.
     """
     keys = (None, None) if dropout is None else jax.random.split(dropout)
@@ -40,6 +43,9 @@ def losses(
         "positions": jnp.asarray(batch.segments.size),
         "images": jnp.sum(batch.images.grids[..., 0] > 0),
     }
+    if config.train.contrastive and visual is not None:
+        apart, apart_sums = contrastive(visual, batch.image_texts, config.train.temperature)
+        loss, sums = loss + config.train.contrastive * apart, sums | apart_sums
     if config.train.bag_of_words and visual is not None:
         words, words_sums = bag_of_words(vlm, visual, batch.image_texts)
         loss, sums = loss + config.train.bag_of_words * words, sums | words_sums
@@ -94,6 +100,29 @@ def bag_of_words(
     per_image = -jnp.sum(jnp.where(wanted, picked, 0.0), axis=-1) / jnp.maximum(words, 1)
     total, images = jnp.sum(per_image), jnp.sum(words > 0)
     return total / jnp.maximum(images, 1), {"words_nll": total, "words_images": images}
+
+
+def contrastive(
+    visual: Float[Array, "B N Q D"], texts: Int[Array, "B N S"], temperature: float
+) -> tuple[Float[Array, ""], Sums]:
+    """How well the mean visual token of an image tells images of the same text from all others.
+
+    The supervised contrastive loss L_out (Khosla et al. 2020, equation 2) over all images of the
+    global batch that have a text, averaged over those for which another one has the same text.
+    """
+    texts = texts.reshape(-1, texts.shape[-1])
+    features = visual.mean(axis=2).reshape(len(texts), -1).astype(jnp.float32)
+    length = jnp.sqrt(jnp.sum(jnp.square(features), axis=-1, keepdims=True) + 1e-12)
+    similarity = jnp.matmul(features / length, (features / length).T) / temperature
+    there = jnp.any(texts > 0, axis=-1)
+    others = there[:, None] & there[None, :] & ~jnp.eye(len(texts), dtype=bool)
+    same = others & jnp.all(texts[:, None] == texts[None, :], axis=-1)
+    log_probs = jax.nn.log_softmax(jnp.where(others, similarity, HIDDEN), axis=-1)
+    positives = same.sum(axis=-1)
+    per_image = -jnp.sum(jnp.where(same, log_probs, 0.0), axis=-1) / jnp.maximum(positives, 1)
+    total, images = jnp.sum(per_image), jnp.sum(positives > 0)
+    loss = total / jnp.maximum(images, 1)
+    return loss, {"contrastive_nll": total, "contrastive_images": images}
 
 
 def distinct(texts: Int[Array, "... S"]) -> Bool[Array, "... S"]:

@@ -1,0 +1,45 @@
+"""In which order a training source's examples come: a pure function of (seed, name, position)."""
+
+import functools
+import sys
+import zlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from vlm_jax.data.sources import Source
+
+
+def shuffled(source: Source, name: str, seed: int, views: int):
+    """Indices of `source` without end, as a Grain dataset with random access.
+
+    Args:
+      source: its length, and with `views` its groups, are read.
+      name: sources of other names come in other orders.
+      seed: of the run.
+      views: 1 shuffles the examples, each once an epoch; above 1 the groups are shuffled, and an
+        epoch shows up to that many random members of each, one after the other.
+    """
+    # Here and not above: Grain imports jax where jax is installed, and rendering needs none of it.
+    import grain
+
+    seed = (seed + zlib.crc32(name.encode())) % 2**32
+    if views == 1:
+        return grain.MapDataset.range(len(source)).shuffle(seed=seed).repeat()
+    return grain.MapDataset.range(sys.maxsize).map(by_groups(source.groups(), seed, views))
+
+
+def by_groups(groups: Sequence[Sequence[int]], seed: int, views: int) -> Callable[[int], int]:
+    """The index at each position where groups come in random order, their members together."""
+    length = sum(min(len(group), views) for group in groups)
+
+    @functools.lru_cache(maxsize=2)  # a stream reads forwards
+    def epoch(number: int) -> tuple[int, ...]:
+        rng = np.random.default_rng((seed, number))
+        return tuple(
+            int(index)
+            for g in rng.permutation(len(groups))
+            for index in rng.permutation(groups[g])[:views]
+        )
+
+    return lambda position: epoch(int(position) // length)[int(position) % length]
