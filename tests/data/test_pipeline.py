@@ -1,8 +1,7 @@
-"""Streams: order, resume, bad samples; held-out batches and prompts."""
+"""Streams: order, resume, bad samples."""
 
 import collections
 import dataclasses
-import hashlib
 import json
 import pathlib
 import subprocess
@@ -11,32 +10,18 @@ import threading
 
 import numpy as np
 import pytest
+from batches import digest, with_pictures
 
 from vlm_jax.batch import Batch
 from vlm_jax.data import pipeline, sources, tokenizer
-from vlm_jax.data.example import ImageRef
 from vlm_jax.errors import ConfigError, DataError
 
 TOKENIZER = tokenizer.load("embedded")
 
 
-def digest(batch: Batch) -> str:
-    """A hash of every byte of a batch."""
-    state = hashlib.sha256()
-    for array in (*batch[:-1], *batch.images):
-        if array is not None:
-            state.update(repr((array.shape, array.dtype)).encode() + array.tobytes())
-    return state.hexdigest()
-
-
 def first(config, count: int) -> list[tuple[Batch, pipeline.Info]]:
     with pipeline.train_stream(config) as stream:
         return [next(stream) for _ in range(count)]
-
-
-def with_pictures(**data) -> dict:
-    """Fields for the embedded captions."""
-    return {"mixture": {"emoji:caption": 1.0}, "pool": 8, **data}
 
 
 def test_batches_are_a_function_of_seed_and_step_whatever_the_threads(small, spoiled):
@@ -46,10 +31,10 @@ def test_batches_are_a_function_of_seed_and_step_whatever_the_threads(small, spo
     assert runs[0] != [digest(b) for b, _ in first(small(seed=8), 6)]
 
 
-@pytest.mark.parametrize("threads", [0, 1, 2])
-def test_a_stream_goes_on_where_its_state_says(small, spoiled, threads):
+@pytest.mark.parametrize(("threads", "views"), [(0, 1), (1, 1), (2, 1), (2, 2)])
+def test_a_stream_goes_on_where_its_state_says(small, spoiled, threads, views):
     spoiled[2] = b"bad"  # resuming must not count it twice, nor forget it
-    config = small(threads=threads, bad_samples=0.5)
+    config = small(threads=threads, views=views, bad_samples=0.5)
     rng = np.random.default_rng(threads)
     with pipeline.train_stream(config) as stream:
         states, batches = [stream.get_state()], []
@@ -77,6 +62,7 @@ def test_a_state_of_another_stream_is_refused_by_name(small, spoiled):
         "seed": ({"seed": 9}, "seed 7, this config 9"),
         "mixture": ({"mixture": {"made:one": 1.0}}, "mixture .*'made:two'"),
         "pool": ({"pool": 13}, "pool 12, this config 13"),
+        "views": ({"views": 2}, "views 1, this config 2"),
     }
     for change, message in changes.values():
         with pytest.raises(ConfigError, match=message):
@@ -160,6 +146,21 @@ def test_no_picture_looks_the_same_in_two_epochs(small, spoiled):
         assert len(set(looks)) == len(looks)
 
 
+def test_views_of_one_thing_share_a_batch(small):
+    def partners(views):
+        config = small(**with_pictures(views=views, rows=16, tokens=160, images_per_row=8))
+        things = collections.Counter()
+        for _, info in first(config, 2):
+            seen = [key.rpartition("-")[0] for row in info.documents for key, _ in row]
+            things.update(collections.Counter(seen).values())
+        return things
+
+    # Only what the packer holds back, and a pair that straddles two batches, stands alone.
+    apart, together = partners(1), partners(2)
+    assert apart[2] < 10 < 90 < together[2] and not together[3]
+    assert together[1] < 20
+
+
 def test_text_only_batches_have_no_visual_tokens_and_no_images(small, spoiled):
     for batch, _ in first(small(images=False), 3):
         assert (batch.visual_index == -1).all() and (batch.image_index == -1).all()
@@ -192,85 +193,6 @@ def test_a_decoder_smaller_than_its_tokenizer_is_refused(small):
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, decoder=decoder))
     with pytest.raises(ConfigError, match=r"decoder\.vocab is 64; the tokenizer 'embedded' needs"):
         pipeline.train_stream(config)
-
-
-# Held-out examples and prompts
-
-
-def evaluated(config, kind: str, limit: int, images: str = "right"):
-    return list(pipeline.eval_batches(config, "validation", kind, limit, images))
-
-
-def test_held_out_rows_are_the_examples_in_order_and_never_change(small):
-    config = dataclasses.replace(small(**with_pictures()), seed=1)
-    batches = evaluated(config, "choice", 40)
-    again = evaluated(dataclasses.replace(config, seed=2), "choice", 40)
-    assert [digest(b) for b, _ in batches] == [digest(b) for b, _ in again]
-    keys = [key for _, info in batches for ((key, _),) in info.documents]
-    assert keys == [e.key for e in pipeline.eval_examples(config, "validation", "choice", 40)]
-    assert len(set(keys)) == 40
-    for batch, _ in batches:
-        assert batch.tokens.shape == batches[0][0].tokens.shape
-        assert batch.tokens.shape[0] == config.eval.rows and batch.tokens.shape[1] % 32 == 0
-    last = batches[-1][0]
-    assert not last.segments[40 - config.eval.rows :].any()
-
-
-@pytest.mark.parametrize("kind", ["caption", "scene", "compare", "yes_no"])
-def test_shuffled_images_are_another_examples_and_the_text_stays(small, kind):
-    config = small(**with_pictures())
-    right, shuffled = (evaluated(config, kind, 33, how) for how in ("right", "shuffled"))
-    for (a, _), (b, _) in zip(right, shuffled, strict=True):
-        for field in Batch._fields[:7]:
-            np.testing.assert_array_equal(getattr(a, field), getattr(b, field))
-    examples = pipeline.eval_examples(config, "validation", kind, 33)
-    swapped = pipeline.shuffle_images(examples)
-    everything = {image for example in examples for image in example.images}
-    for old, new in zip(examples, swapped, strict=True):
-        assert len(old.images) == len(new.images) and not set(old.images) & set(new.images)
-        assert set(new.images) <= everything and old.turns == new.turns
-    assert len({e.images for e in swapped}) > len(swapped) // 2
-
-
-def test_pictures_that_cannot_be_swapped_are_an_error(small):
-    (example,) = pipeline.eval_examples(small(**with_pictures()), "validation", "caption", 1)
-    with pytest.raises(DataError, match="none of 2 examples has other pictures"):
-        pipeline.shuffle_images([example, example])
-
-
-def test_without_images_only_text_is_evaluated(small):
-    for batch, _ in evaluated(small(**with_pictures()), "yes_no", 5, "none"):
-        assert batch.images.grids.shape[1] == 0 and (batch.visual_index == -1).all()
-        assert batch.loss_weights.any()
-    with pytest.raises(ConfigError, match="expected 'right', 'shuffled' or 'none'"):
-        evaluated(small(**with_pictures()), "yes_no", 5, "wrong")
-
-
-def test_prompts_stand_one_per_row_from_the_left_without_their_answers(small):
-    config = small(**with_pictures())
-    examples = pipeline.eval_examples(config, "validation", "compare", 35)
-    prompts = [pipeline.prompt_of(example) for example in examples]
-    assert all(prompt.turns[-1].role == "user" for prompt in prompts)
-    batches = list(pipeline.prompt_batches(config, prompts))
-    rows = [
-        batch.tokens[row][batch.segments[row] > 0]
-        for batch in batches
-        for row in range(config.eval.rows)
-    ]
-    assert len(rows) == 64 and all(len(row) for row in rows[:35])
-    assert not any(len(row) for row in rows[35:])
-    for batch in batches:
-        assert (np.diff((batch.segments > 0).astype(int), axis=1) <= 0).all()
-    for row, example in zip(rows[:35], examples, strict=True):
-        assert row[-1] == TOKENIZER.special("<assistant>")
-        asked = example.turns[0].parts[-1]
-        assert TOKENIZER.decode(row) == asked
-
-
-def test_asking_puts_images_before_the_text():
-    prompt = pipeline.ask("why?", b"1", b"2")
-    assert prompt.turns[0].parts == (ImageRef(0), ImageRef(1), "why?")
-    assert pipeline.ask("", b"1").turns[0].parts == (ImageRef(0),)
 
 
 def test_importing_the_pipeline_loads_no_jax():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import small
 
-from vlm_jax.data import pipeline
+from vlm_jax.data import heldout
 from vlm_jax.evaluation import losses, report
 from vlm_jax.evaluation.evaluator import Evaluator
 from vlm_jax.evaluation.scores import Scores
@@ -65,7 +65,7 @@ def test_every_score_stands_beside_its_baselines(run):
 
 def test_final_losses_are_those_of_all_final_examples(run, config):
     _, scores = run
-    batches = pipeline.eval_batches(config, "unseen_style", "choice", 10)
+    batches = heldout.eval_batches(config, "unseen_style", "choice", 10)
     expected = losses.total(losses.per_example(Vision(config, small.parameters()), batches))
     found = scores.find("unseen_style", "choice", "loss")
     assert found.value == pytest.approx(expected, rel=1e-5) and found.count == 10

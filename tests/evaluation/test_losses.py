@@ -7,15 +7,16 @@ import pytest
 import small
 
 from vlm_jax import config as configs
-from vlm_jax.data import pipeline
+from vlm_jax.data import heldout, pipeline
 from vlm_jax.evaluation import losses
 from vlm_jax.evaluation.vision import Vision
 from vlm_jax.models import params
+from vlm_jax.models.vlm import target_weights
 from vlm_jax.parallel import mesh
 
 
 def measured(config, parameters, images="right", limit=6, kind="caption"):
-    batches = pipeline.eval_batches(config, "validation", kind, limit, images)
+    batches = heldout.eval_batches(config, "validation", kind, limit, images)
     return losses.per_example(Vision(config, parameters), batches)
 
 
@@ -29,7 +30,7 @@ def test_a_uniform_model_loses_log_of_the_vocabulary():
 
 def test_losses_are_those_of_a_softmax_over_every_next_token():
     config, parameters = small.config(), small.parameters()
-    batch, info = next(pipeline.eval_batches(config, "validation", "caption", 4))
+    batch, info = next(heldout.eval_batches(config, "validation", "caption", 4))
 
     @jax.jit
     def logits_of(flat, batch):
@@ -52,7 +53,7 @@ def test_losses_are_those_of_a_softmax_over_every_next_token():
 
 def test_nothing_is_lost_across_packed_documents():
     batch, _ = next(pipeline.train_stream(small.config()))
-    weights = losses.target_weights(batch)
+    weights = target_weights(batch)[:, :-1]
     starts = batch.segments[:, 1:] != batch.segments[:, :-1]
     assert starts.any() and not weights[starts].any()
     assert weights.sum() == batch.loss_weights.sum()
@@ -61,7 +62,7 @@ def test_nothing_is_lost_across_packed_documents():
 def test_long_rows_give_the_losses_of_short_ones():
     """Logits are made in chunks of positions; where they are cut must not matter."""
     config, parameters = small.config(), small.parameters()
-    batch, _ = next(pipeline.eval_batches(config, "validation", "caption", 4))
+    batch, _ = next(heldout.eval_batches(config, "validation", "caption", 4))
     visual = Vision(config, parameters)(batch)
     longer = batch._replace(
         **{
@@ -105,7 +106,7 @@ def test_the_gap_counts_tokens_and_not_examples():
 @pytest.mark.parametrize("connector", ["perceiver", "mlp"])
 def test_vision_gives_the_visual_tokens_of_the_model(connector):
     config, parameters = small.config(connector), small.parameters(connector)
-    batch, _ = next(pipeline.eval_batches(config, "validation", "compare", 3))
+    batch, _ = next(heldout.eval_batches(config, "validation", "compare", 3))
     visual_of = jax.jit(lambda flat, images: params.build(config.model, flat).visual(images))
     expected = np.asarray(visual_of(parameters, batch.images))
     present = batch.images.grids.any(axis=-1)
@@ -120,7 +121,7 @@ def test_a_picture_is_encoded_once_whatever_is_asked_about_it():
     config = small.config()
     vision = Vision(config, small.parameters())
     for kind, images in itertools.product(("caption", "yes_no"), ("right", "shuffled")):
-        for batch, _ in pipeline.eval_batches(config, "validation", kind, 6, images):
+        for batch, _ in heldout.eval_batches(config, "validation", kind, 6, images):
             vision(batch)
     assert len(vision._known) == 6
 

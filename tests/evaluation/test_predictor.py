@@ -6,7 +6,7 @@ import pytest
 import small
 from PIL import Image
 
-from vlm_jax.data import pipeline
+from vlm_jax.data import heldout
 from vlm_jax.evaluation.predictor import Predictor
 from vlm_jax.models import params, sampling
 
@@ -18,7 +18,7 @@ def predictor():
 
 @pytest.fixture(scope="module")
 def examples():
-    return pipeline.eval_examples(small.config(), "validation", "choice", 6)
+    return heldout.eval_examples(small.config(), "validation", "choice", 6)
 
 
 def test_answers_are_those_of_uncached_greedy_generation(predictor, examples):
@@ -30,7 +30,7 @@ def test_answers_are_those_of_uncached_greedy_generation(predictor, examples):
         return sampling.greedy_uncached(vlm, batch, vlm.visual(batch.images), 3, predictor._end)
 
     expected = []
-    for batch in pipeline.prompt_batches(config, [pipeline.prompt_of(e) for e in examples]):
+    for batch in heldout.prompt_batches(config, [heldout.prompt_of(e) for e in examples]):
         tokens = np.asarray(uncached(predictor.params, batch))
         expected += [predictor._text(row) for row in tokens]
     answers = predictor.answer(examples)

@@ -119,6 +119,48 @@ def test_bag_of_words_is_added_with_its_weight(flat):
     np.testing.assert_allclose(total, plain + 0.25 * words, rtol=1e-6)
 
 
+def test_the_contrastive_loss_equals_a_loop_over_images(flat):
+    batch, rng = tiny.batch(0), np.random.default_rng(5)
+    visual = jnp.asarray(rng.normal(size=(tiny.ROWS, tiny.IMAGES, tiny.QUERIES, 16)), jnp.float32)
+    texts = np.stack([[3, 1, 0, 0, 0], [3, 1, 4, 0, 0], [9, 0, 0, 0, 0], [0] * 5])
+    batch.image_texts[...] = texts[rng.integers(0, 4, batch.image_texts.shape[:2])]
+    batch.image_texts[0, 0] = [8, 8, 8, 8, 8]  # alone: others are told from it, it has no partner
+    loss, sums = objectives.contrastive(visual, batch.image_texts, 0.2)
+
+    words = [tuple(text) for text in batch.image_texts.reshape(-1, tiny.TEXT).tolist()]
+    mean = np.asarray(visual, np.float64).mean(2).reshape(len(words), -1)
+    mean /= np.linalg.norm(mean, axis=1, keepdims=True)
+    expected = []
+    for i, text in enumerate(words):
+        others = [j for j in range(len(words)) if j != i and any(words[j])]
+        same = [j for j in others if words[j] == text and any(text)]
+        if same:
+            total = np.log(sum(np.exp(mean[i] @ mean[j] / 0.2) for j in others))
+            expected.append(np.mean([total - mean[i] @ mean[j] / 0.2 for j in same]))
+    assert sums["contrastive_images"] == len(expected) > 8
+    np.testing.assert_allclose(loss, np.mean(expected), rtol=1e-5)
+
+
+@pytest.mark.parametrize("texts", [0, 1])
+def test_images_without_partners_give_no_contrastive_gradient(texts):
+    batch = tiny.batch(0)
+    batch.image_texts[...] = 0
+    batch.image_texts[:texts, 0] = 7
+    visual = jnp.ones((tiny.ROWS, tiny.IMAGES, tiny.QUERIES, 16)).at[0].set(0.0)
+    gradient = jax.grad(lambda x: objectives.contrastive(x, batch.image_texts, 0.1)[0])(visual)
+    assert not np.asarray(gradient).any()
+
+
+def test_the_contrastive_loss_is_added_with_its_weight(flat):
+    vlm, batch = params.build(tiny.MODEL, flat), tiny.batch(0)
+    batch.image_texts[:, 1] = batch.image_texts[:, 0]
+    plain, _ = objectives.losses(vlm, batch, tiny.config())
+    total, sums = objectives.losses(vlm, batch, tiny.config(contrastive=0.25))
+    apart = sums["contrastive_nll"] / sums["contrastive_images"]
+    assert apart > 0
+    np.testing.assert_allclose(total, plain + 0.25 * apart, rtol=1e-6)
+
+
 def test_a_run_without_images_leaves_the_encoder_alone(flat):
     batch = tiny.batch(0)
     blind = batch._replace(visual_index=np.full_like(batch.visual_index, -1))

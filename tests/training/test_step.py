@@ -17,7 +17,7 @@ from vlm_jax.training import objectives, optimizer
 from vlm_jax.training import state as states
 from vlm_jax.training import step as steps
 
-BASE = {"ema": 0.9, "bag_of_words": 0.5}
+BASE = {"ema": 0.9, "bag_of_words": 0.5, "contrastive": 0.5}
 FROZEN = tiny.config(adaptation=(Rule("encoder/.*", mode="frozen"), Rule(".*")), ema=0.5)
 
 

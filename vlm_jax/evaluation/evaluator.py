@@ -15,7 +15,7 @@ import PIL.Image
 from jaxtyping import Array
 
 from vlm_jax import config as configs
-from vlm_jax.data import pipeline
+from vlm_jax.data import heldout
 from vlm_jax.data.example import Example
 from vlm_jax.evaluation import baselines, losses, questions, scores
 from vlm_jax.evaluation.predictor import Predictor
@@ -96,14 +96,14 @@ class Evaluator:
         return found
 
     def _examples(self, split: str, kind: str, limit: int) -> list[Example]:
-        return pipeline.eval_examples(self.config, split, kind, limit)
+        return heldout.eval_examples(self.config, split, kind, limit)
 
     def _batches(self, split: str, kind: str, images: str) -> list:
         """The batches of the losses during the run; read once, as they never change."""
         key = (split, kind, images)
         if key not in self._held:
             limit = self.config.eval.examples
-            self._held[key] = list(pipeline.eval_batches(self.config, split, kind, limit, images))
+            self._held[key] = list(heldout.eval_batches(self.config, split, kind, limit, images))
         return self._held[key]
 
     def _score(self, split: str, kind: str, models: Mapping[str, Predictor]) -> list[scores.Score]:
@@ -128,7 +128,7 @@ class Evaluator:
             # Without images both would be the same.
             shown = ("right", "shuffled") if model.config.data.images else ("right",)
             for images in shown:
-                batches = pipeline.eval_batches(model.config, split, kind, limit, images)
+                batches = heldout.eval_batches(model.config, split, kind, limit, images)
                 measured[images][name] = losses.per_example(model.vision, batches)
         return measured
 

@@ -20,6 +20,7 @@ from vlm_jax.data.packing import Info
 from vlm_jax.evaluation import devices
 from vlm_jax.evaluation.vision import Vision
 from vlm_jax.models import params as parameters
+from vlm_jax.models.vlm import target_weights
 
 CHUNK = 64  # text positions whose logits exist at once
 
@@ -58,12 +59,6 @@ def gap(right: Mapping[str, Loss], other: Mapping[str, Loss]) -> float:
     return total({key: other[key] for key in both}) - total({key: right[key] for key in both})
 
 
-def target_weights(batch: Batch) -> Float[Array, "B T-1"]:
-    """Weight of predicting token t + 1 from those up to t, inside one document."""
-    inside = batch.segments[:, 1:] == batch.segments[:, :-1]
-    return batch.loss_weights[:, 1:] * inside
-
-
 @functools.cache
 def _compiled(model: configs.Model):
     """One compiled function for all parameters of a model."""
@@ -96,7 +91,7 @@ def token_nats(
     # All logits of a batch at once would be the largest array of an evaluation.
     parts = jax.lax.map(nats, (chunks(hidden), chunks(targets)))
     rows = parts.swapaxes(0, 1).reshape(targets.shape[0], -1)[:, :positions]
-    weights = target_weights(batch)
+    weights = target_weights(batch)[:, :-1]
     return jnp.where(weights > 0, rows * weights, 0.0)
 
 
@@ -104,7 +99,8 @@ def _per_document(
     nats: np.ndarray, batch: Batch, documents: Sequence[Sequence[tuple[str, str]]]
 ) -> dict[str, Loss]:
     """Sums over each packed document, by its key."""
-    weights, segments = np.asarray(target_weights(batch)), np.asarray(batch.segments)[:, 1:]
+    weights = np.asarray(target_weights(batch))[:, :-1]
+    segments = np.asarray(batch.segments)[:, 1:]
     losses = {}
     for row, names in enumerate(documents):
         count = len(names) + 1

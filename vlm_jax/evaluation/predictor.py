@@ -13,7 +13,7 @@ from PIL import Image as PilImage
 
 from vlm_jax import config as configs
 from vlm_jax.batch import Batch, Images
-from vlm_jax.data import chat, pipeline
+from vlm_jax.data import chat, heldout, pipeline
 from vlm_jax.data.example import Example, Image
 from vlm_jax.evaluation import devices
 from vlm_jax.evaluation.vision import Vision
@@ -64,14 +64,14 @@ class Predictor:
                 "per prompt: a picture, a list of pictures, or None"
             )
         asked = [
-            pipeline.ask(prompt, *_encoded(group))
+            heldout.ask(prompt, *_encoded(group))
             for group, prompt in zip(images, prompts, strict=True)
         ]
         return self._complete(asked, max_new_tokens)
 
     def answer(self, examples: Sequence[Example]) -> list[str]:
         """The model's reply where each example's last reply stands."""
-        return self._complete([pipeline.prompt_of(example) for example in examples])
+        return self._complete([heldout.prompt_of(example) for example in examples])
 
     def attention(self, images: Sequence[Picture]) -> Float[np.ndarray, "N Q P"] | None:
         """Where each visual token looks in each picture, over its patches in reading order.
@@ -82,15 +82,15 @@ class Predictor:
         if self.config.model.connector.kind != "perceiver" or not self.config.data.images:
             return None
         attend = _compiled_attention(self.config.model)
-        asked = [pipeline.ask("", *_encoded(picture)) for picture in images]
+        asked = [heldout.ask("", *_encoded(picture)) for picture in images]
         maps = [
             devices.fetch(attend(self.params, devices.place(batch.images)))[:, 0]
-            for batch in pipeline.prompt_batches(self.config, asked)
+            for batch in heldout.prompt_batches(self.config, asked)
         ]
         return np.concatenate(maps)[: len(asked)].astype(np.float32)
 
     def _complete(
-        self, asked: Sequence[pipeline.Prompt], max_new_tokens: int | None = None
+        self, asked: Sequence[heldout.Prompt], max_new_tokens: int | None = None
     ) -> list[str]:
         if not self.config.data.images:
             asked = [dataclasses.replace(prompt, images=()) for prompt in asked]
@@ -99,11 +99,11 @@ class Predictor:
         return [replies[prompt] for prompt in asked]
 
     def _replies(
-        self, asked: Sequence[pipeline.Prompt], max_new_tokens: int | None
-    ) -> dict[pipeline.Prompt, str]:
+        self, asked: Sequence[heldout.Prompt], max_new_tokens: int | None
+    ) -> dict[heldout.Prompt, str]:
         limit = max_new_tokens or self.config.eval.max_new_tokens
         greedy, replies = _compiled_greedy(self.config.model, self._end, limit), []
-        for batch in pipeline.prompt_batches(self.config, asked):
+        for batch in heldout.prompt_batches(self.config, asked):
             tokens = devices.fetch(greedy(self.params, *self.vision.inputs(batch)))
             replies += [self._text(row) for row in tokens]
         # The last batch is filled up with empty rows.

@@ -68,3 +68,11 @@ def attention_mask(batch: Batch) -> Bool[Array, "B 1 T T"]:
     order = jnp.arange(segments.shape[1])
     past = order[:, None] >= order[None, :]
     return (same_document & (past | same_block))[:, None]
+
+
+def target_weights(batch: Batch) -> Float[Array, "B T"]:
+    """Weight of the prediction made at each position: that of the next token of its document."""
+    weight = jnp.roll(batch.loss_weights, -1, axis=1)
+    same_document = jnp.roll(batch.segments, -1, axis=1) == batch.segments
+    last = jnp.arange(batch.tokens.shape[1]) == batch.tokens.shape[1] - 1
+    return jnp.where(same_document & ~last, weight, 0.0)

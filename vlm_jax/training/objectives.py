@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.batch import Batch
 from vlm_jax.config import Config
-from vlm_jax.models.vlm import VLM
+from vlm_jax.models.vlm import VLM, target_weights
 
 Sums = dict[str, Array]
 
@@ -73,14 +73,6 @@ def next_token(
         "correct": jnp.sum(weight * (target_logit >= top)),
     }
     return jnp.sum(weight * smoothed) / jnp.maximum(total, 1.0), sums
-
-
-def target_weights(batch: Batch) -> Float[Array, "B T"]:
-    """Weight of the prediction made at each position: that of the next token of its document."""
-    weight = jnp.roll(batch.loss_weights, -1, axis=1)
-    same_document = jnp.roll(batch.segments, -1, axis=1) == batch.segments
-    last = jnp.arange(batch.tokens.shape[1]) == batch.tokens.shape[1] - 1
-    return jnp.where(same_document & ~last, weight, 0.0)
 
 
 def bag_of_words(
