@@ -5,7 +5,7 @@ python -m vlm_jax.main --config=configs/emoji.py --workdir=runs/emoji
 
 from vlm_jax import config as c
 from vlm_jax.presets.connectors import Connector
-from vlm_jax.presets.decoders import llama
+from vlm_jax.presets.decoders import decoder
 from vlm_jax.presets.encoders import Encoder
 
 # Kinds of examples and their weights. Questions cost no more than captions: an image is most of an
@@ -38,7 +38,7 @@ ENCODER = Encoder(
 CONNECTOR = Connector(
     kind="perceiver", queries=6, layers=1, width=128, hidden=384, heads=2, kv_heads=2, **FLOAT32
 )
-DECODER = llama(
+DECODER = decoder(
     "1m", vocab=3072, width=128, depth=2, mlp=384, heads=2, kv_heads=2, head_dim=64, **FLOAT32
 )
 

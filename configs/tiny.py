@@ -5,7 +5,7 @@ python -m vlm_jax.main --config=configs/tiny.py --workdir=runs/tiny
 
 from vlm_jax import config as c
 from vlm_jax.presets.connectors import Connector
-from vlm_jax.presets.decoders import llama
+from vlm_jax.presets.decoders import decoder
 from vlm_jax.presets.encoders import Encoder
 
 # Kinds of examples and their weights; names are most of what there is to learn.
@@ -29,7 +29,7 @@ ENCODER = Encoder(
 CONNECTOR = Connector(
     kind="perceiver", queries=8, layers=1, width=128, hidden=256, heads=2, kv_heads=2, **FLOAT32
 )
-DECODER = llama(
+DECODER = decoder(
     "1m", vocab=3072, width=128, depth=2, mlp=256, heads=2, kv_heads=2, head_dim=64, **FLOAT32
 )
 

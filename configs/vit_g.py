@@ -8,7 +8,7 @@ It reads the embedded pictures until `data.mixture` and `data.tokenizer` name yo
 
 from vlm_jax import config as c
 from vlm_jax.presets.connectors import Connector
-from vlm_jax.presets.decoders import llama
+from vlm_jax.presets.decoders import decoder
 from vlm_jax.presets.encoders import vit
 
 MIXTURE = {"emoji:caption": 1.0, "emoji:choice": 1.0, "emoji:yes_no": 1.0}
@@ -28,7 +28,7 @@ def get_config(variant: str = ""):
             vit("g/14", image_size=224),
             # Three layers of Idefics2's resampler: 16 heads of 96 become 32 of 128 at its width.
             Connector(kind="perceiver", queries=64, layers=3, heads=32, kv_heads=8, remat=True),
-            llama("llama2-7b"),
+            decoder("llama2-7b"),
         ),
         data=c.Data(
             mixture=MIXTURE, rows=256, tokens=2048, images_per_row=16, pool=1024, threads=16

@@ -7,12 +7,12 @@ import pytest
 from vlm_jax import config as configs
 from vlm_jax.errors import ConfigError
 from vlm_jax.presets.connectors import Connector
-from vlm_jax.presets.decoders import llama
+from vlm_jax.presets.decoders import decoder
 from vlm_jax.presets.encoders import vit
 
 
 def tree(**data):
-    model = configs.Model(vit("Ti/8", image_size=64), Connector(), llama("1m"))
+    model = configs.Model(vit("Ti/8", image_size=64), Connector(), decoder("1m"))
     return configs.default(
         name="test", model=model, data=configs.Data(mixture={"emoji_caption": 1.0}, **data)
     )

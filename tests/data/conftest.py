@@ -11,7 +11,7 @@ from vlm_jax import config as c
 from vlm_jax.data import sources
 from vlm_jax.data.example import Example, ImageRef, Turn
 from vlm_jax.presets.connectors import Connector
-from vlm_jax.presets.decoders import llama
+from vlm_jax.presets.decoders import decoder
 from vlm_jax.presets.encoders import Encoder
 
 STRONG = c.Augment(
@@ -95,7 +95,7 @@ def small():
 
     def build(seed: int = 7, encoder: dict | None = None, **data) -> c.Config:
         tower = Encoder(16, 1, 32, 2, patch=4, image_size=8, **(encoder or {}))
-        model = c.Model(tower, Connector(), llama("1m", vocab=3072))
+        model = c.Model(tower, Connector(), decoder("1m", vocab=3072))
         fields = {
             "mixture": {"made:one": 2.0, "made:two": 1.0},
             "rows": 3,

@@ -30,7 +30,80 @@ LLAMA = {
     BLOCK + "mlp/gate/kernel": "model.layers.{}.mlp.gate_proj.weight",
     BLOCK + "mlp/up/kernel": "model.layers.{}.mlp.up_proj.weight",
     BLOCK + "mlp/down/kernel": "model.layers.{}.mlp.down_proj.weight",
+    # Qwen2
+    BLOCK + "attention/query/bias": "model.layers.{}.self_attn.q_proj.bias",
+    BLOCK + "attention/key/bias": "model.layers.{}.self_attn.k_proj.bias",
+    BLOCK + "attention/value/bias": "model.layers.{}.self_attn.v_proj.bias",
+    # Qwen3
+    BLOCK + "query_norm/scale": "model.layers.{}.self_attn.q_norm.weight",
+    BLOCK + "key_norm/scale": "model.layers.{}.self_attn.k_norm.weight",
 }
+GEMMA2 = LLAMA | {
+    BLOCK + "post_norm1/scale": "model.layers.{}.post_attention_layernorm.weight",
+    BLOCK + "norm2/scale": "model.layers.{}.pre_feedforward_layernorm.weight",
+    BLOCK + "post_norm2/scale": "model.layers.{}.post_feedforward_layernorm.weight",
+}
+
+
+def with_biases(linear: dict[str, str], norms: dict[str, str]) -> dict[str, str]:
+    """A row for the kernel or scale and one for the bias of every module of ours and theirs."""
+    return (
+        {f"{ours}/kernel": f"{theirs}.weight" for ours, theirs in linear.items()}
+        | {f"{ours}/scale": f"{theirs}.weight" for ours, theirs in norms.items()}
+        | {f"{ours}/bias": f"{theirs}.bias" for ours, theirs in (linear | norms).items()}
+    )
+
+
+OPT = {
+    "decoder/embedding": "model.decoder.embed_tokens.weight",
+    "decoder/positions": "model.decoder.embed_positions.weight",
+} | with_biases(
+    {
+        BLOCK + "attention/query": "model.decoder.layers.{}.self_attn.q_proj",
+        BLOCK + "attention/key": "model.decoder.layers.{}.self_attn.k_proj",
+        BLOCK + "attention/value": "model.decoder.layers.{}.self_attn.v_proj",
+        BLOCK + "attention/out": "model.decoder.layers.{}.self_attn.out_proj",
+        BLOCK + "mlp/up": "model.decoder.layers.{}.fc1",
+        BLOCK + "mlp/down": "model.decoder.layers.{}.fc2",
+    },
+    {
+        BLOCK + "norm1": "model.decoder.layers.{}.self_attn_layer_norm",
+        BLOCK + "norm2": "model.decoder.layers.{}.final_layer_norm",
+        "decoder/norm": "model.decoder.final_layer_norm",
+    },
+)
+
+# `query`, `key` and `value` are names that theirs.py gives to the parts of one fused matrix.
+MPT = {
+    "decoder/embedding": "transformer.wte.weight",
+    "decoder/norm/scale": "transformer.norm_f.weight",
+    BLOCK + "norm1/scale": "transformer.blocks.{}.norm_1.weight",
+    BLOCK + "norm2/scale": "transformer.blocks.{}.norm_2.weight",
+    BLOCK + "attention/query/kernel": "transformer.blocks.{}.attn.query.weight",
+    BLOCK + "attention/key/kernel": "transformer.blocks.{}.attn.key.weight",
+    BLOCK + "attention/value/kernel": "transformer.blocks.{}.attn.value.weight",
+    BLOCK + "attention/out/kernel": "transformer.blocks.{}.attn.out_proj.weight",
+    BLOCK + "mlp/up/kernel": "transformer.blocks.{}.ffn.up_proj.weight",
+    BLOCK + "mlp/down/kernel": "transformer.blocks.{}.ffn.down_proj.weight",
+}
+NEOX = {
+    "decoder/embedding": "gpt_neox.embed_in.weight",
+    "decoder/output/kernel": "lm_head.weight",
+} | with_biases(
+    {
+        BLOCK + "attention/query": "gpt_neox.layers.{}.attention.query",
+        BLOCK + "attention/key": "gpt_neox.layers.{}.attention.key",
+        BLOCK + "attention/value": "gpt_neox.layers.{}.attention.value",
+        BLOCK + "attention/out": "gpt_neox.layers.{}.attention.dense",
+        BLOCK + "mlp/up": "gpt_neox.layers.{}.mlp.dense_h_to_4h",
+        BLOCK + "mlp/down": "gpt_neox.layers.{}.mlp.dense_4h_to_h",
+    },
+    {
+        BLOCK + "norm1": "gpt_neox.layers.{}.input_layernorm",
+        BLOCK + "norm2": "gpt_neox.layers.{}.post_attention_layernorm",
+        "decoder/norm": "gpt_neox.final_layer_norm",
+    },
+)
 
 # Our module, theirs: each has a kernel and a bias.
 VIT_LINEAR = {
@@ -54,15 +127,10 @@ VIT_NORM = {
     "encoder/norm": "post_layernorm",
     "encoder/head/norm": "head.layernorm",
 }
-SIGLIP = (
-    {
-        "encoder/positions": "embeddings.position_embedding.weight",
-        "encoder/head/probe": "head.probe",
-    }
-    | {f"{ours}/kernel": f"{theirs}.weight" for ours, theirs in VIT_LINEAR.items()}
-    | {f"{ours}/scale": f"{theirs}.weight" for ours, theirs in VIT_NORM.items()}
-    | {f"{ours}/bias": f"{theirs}.bias" for ours, theirs in (VIT_LINEAR | VIT_NORM).items()}
-)
+SIGLIP = {
+    "encoder/positions": "embeddings.position_embedding.weight",
+    "encoder/head/probe": "head.probe",
+} | with_biases(VIT_LINEAR, VIT_NORM)
 
 LATENTS = "connector/stack/blocks/"
 PERCEIVER = {
@@ -96,11 +164,13 @@ class Case:
       tower: "decoder", "encoder" or "connector".
       model: the sizes; the other two towers are not compared.
       table: our leaf to their weight.
+      family: their model, by its model_type.
     """
 
     tower: str
     model: Model
     table: dict[str, str]
+    family: str
 
 
 def _model(**towers) -> Model:
@@ -114,14 +184,48 @@ def _model(**towers) -> Model:
     return Model(**(defaults | changes))
 
 
-def decoder(*sizes, **fields) -> Case:
-    """A Llama of these sizes."""
-    return Case("decoder", _model(decoder=Decoder(*sizes, **fields)), LLAMA)
+def decoder(*sizes, family: str = "llama", table: dict[str, str] = LLAMA, **fields) -> Case:
+    """A decoder of these sizes, by default a Llama."""
+    return Case("decoder", _model(decoder=Decoder(*sizes, **fields)), table, family)
+
+
+GEMMA = {"norm": "rms_plus_one", "activation": "gelu_tanh", "tied": True}
+UNGATED = {"gated": False, "norm": "layer"}
+BIASES = {"qkv_bias": True, "out_bias": True, "mlp_bias": True}
+
+
+def gemma(*sizes, family: str = "gemma", table: dict[str, str] = LLAMA, **fields) -> Case:
+    """A Gemma of these sizes; above the first, branches are normed twice and layers alternate."""
+    embed_scale = sizes[1] ** 0.5
+    return decoder(*sizes, family=family, table=table, embed_scale=embed_scale, **GEMMA, **fields)
+
+
+def opt(vocab: int, width: int, depth: int, mlp: int, heads: int, **fields) -> Case:
+    """An OPT of these sizes."""
+    sizes = vocab, width, depth, mlp, heads, heads, width // heads
+    fields = {"position": "learned", "positions": 21, "position_offset": 2, "tied": True} | fields
+    return decoder(
+        *sizes, family="opt", table=OPT, activation="relu", **UNGATED, **BIASES, **fields
+    )
+
+
+def mpt(vocab: int, width: int, depth: int, heads: int, **fields) -> Case:
+    """An MPT of these sizes; its feed-forward part is always four times as wide."""
+    sizes = vocab, width, depth, 4 * width, heads, heads, width // heads
+    fields = {"norm": "layer_unbiased", "gated": False, "activation": "gelu"} | fields
+    return decoder(*sizes, family="mpt", table=MPT, position="alibi", tied=True, **fields)
+
+
+def neox(vocab: int, width: int, depth: int, mlp: int, heads: int, **fields) -> Case:
+    """A GPT-NeoX of these sizes."""
+    sizes = vocab, width, depth, mlp, heads, heads, width // heads
+    fields = {"activation": "gelu"} | fields
+    return decoder(*sizes, family="gpt_neox", table=NEOX, **UNGATED, **BIASES, **fields)
 
 
 def encoder(*sizes, **fields) -> Case:
     """A SigLIP vision tower of these sizes."""
-    return Case("encoder", _model(encoder=Encoder(*sizes, **fields)), SIGLIP)
+    return Case("encoder", _model(encoder=Encoder(*sizes, **fields)), SIGLIP, "siglip")
 
 
 def perceiver(width: int, **fields) -> Case:
@@ -131,7 +235,7 @@ def perceiver(width: int, **fields) -> Case:
         connector=Connector("perceiver", **fields),
         decoder=Decoder(8, width, 1, 8, 2, 1, 4),
     )
-    return Case("connector", model, PERCEIVER)
+    return Case("connector", model, PERCEIVER, "idefics2")
 
 
 def projector(features: int, width: int) -> Case:
@@ -141,7 +245,7 @@ def projector(features: int, width: int) -> Case:
         connector=Connector("mlp"),
         decoder=Decoder(8, width, 1, 8, 2, 1, 4),
     )
-    return Case("connector", model, PROJECTOR)
+    return Case("connector", model, PROJECTOR, "llava")
 
 
 # Small enough that weights and outputs lie in the repository. Head dimensions are not width / heads
@@ -149,6 +253,53 @@ def projector(features: int, width: int) -> Case:
 GOLDENS = {
     "llama_tied": decoder(37, 18, 2, 28, 6, 3, 4, rope_theta=100.0, norm_eps=1e-2, tied=True),
     "llama_untied": decoder(29, 12, 3, 20, 3, 1, 6, norm_eps=1e-5),
+    "llama3": decoder(
+        31, 12, 2, 20, 3, 1, 8, rope_factor=5.0, rope_original=16, rope_low=0.5, rope_high=3.0
+    ),
+    "mistral": decoder(23, 12, 2, 20, 4, 2, 4, family="mistral", window=5, pattern=("local",)),
+    "qwen2": decoder(27, 12, 2, 18, 6, 2, 4, family="qwen2", qkv_bias=True, tied=True),
+    "qwen3": decoder(25, 12, 2, 18, 3, 1, 6, family="qwen3", qk_norm=True, norm_eps=1e-2),
+    "gemma": gemma(29, 12, 2, 20, 3, 1, 6, norm_eps=1e-2),
+    "gemma2": gemma(
+        29,
+        12,
+        3,
+        20,
+        4,
+        2,
+        6,
+        family="gemma2",
+        table=GEMMA2,
+        post_norms=True,
+        query_scale=3.0,
+        attention_cap=1.5,
+        logit_cap=4.0,
+        window=3,
+        pattern=("local", "global"),
+    ),
+    "gemma3": gemma(
+        29,
+        12,
+        4,
+        16,
+        2,
+        1,
+        6,
+        family="gemma3_text",
+        table=GEMMA2,
+        post_norms=True,
+        qk_norm=True,
+        query_scale=5.0,
+        rope_theta=1e4,
+        rope_factor=4.0,
+        local_theta=50.0,
+        window=4,
+        pattern=("local", "local", "global"),
+    ),
+    "opt": opt(33, 12, 2, 22, 3),
+    "mpt": mpt(35, 18, 2, 6),
+    "neox": neox(27, 24, 2, 20, 3, rope_share=0.5, parallel=True),
+    "neox_serial": neox(27, 16, 2, 20, 2, parallel=False),
     "siglip": encoder(12, 2, 20, 3, patch=4, image_size=12, norm_eps=1e-2),
     "siglip_map": encoder(12, 2, 20, 3, patch=4, image_size=12, pool="map"),
     "perceiver": perceiver(12, queries=5, layers=2, heads=6, kv_heads=2, norm_eps=1e-2),
@@ -159,6 +310,50 @@ LARGER = {
     "llama_gqa": decoder(211, 80, 3, 136, 10, 5, 14, rope_theta=5e5, tied=True),
     "llama_mha": decoder(199, 60, 4, 100, 5, 5, 12, norm_eps=1e-6),
     "llama_mqa": decoder(97, 63, 2, 90, 7, 1, 16, tied=True),
+    "mistral": decoder(
+        101, 60, 3, 90, 6, 2, 10, family="mistral", window=6, pattern=("local",), norm_eps=1e-4
+    ),
+    "qwen2": decoder(97, 56, 3, 90, 7, 7, 8, family="qwen2", qkv_bias=True),
+    "qwen3": decoder(95, 54, 3, 70, 6, 2, 12, family="qwen3", qk_norm=True, tied=True),
+    "gemma": gemma(99, 52, 3, 80, 5, 5, 14),
+    "gemma2": gemma(
+        99,
+        60,
+        5,
+        84,
+        6,
+        3,
+        14,
+        family="gemma2",
+        table=GEMMA2,
+        post_norms=True,
+        query_scale=9.0,
+        attention_cap=2.0,
+        logit_cap=3.0,
+        window=5,
+        pattern=("local", "global"),
+    ),
+    "gemma3": gemma(
+        99,
+        60,
+        7,
+        76,
+        4,
+        2,
+        10,
+        family="gemma3_text",
+        table=GEMMA2,
+        post_norms=True,
+        qk_norm=True,
+        query_scale=11.0,
+        rope_theta=1e5,
+        local_theta=300.0,
+        window=6,
+        pattern=("local",) * 5 + ("global",),
+    ),
+    "opt": opt(103, 60, 3, 110, 5, positions=40),
+    "mpt": mpt(107, 70, 3, 7),
+    "neox": neox(89, 80, 3, 120, 5, rope_share=0.25, parallel=True, norm_eps=1e-3),
     "siglip": encoder(72, 3, 130, 6, patch=8, image_size=40),
     "siglip_map": encoder(64, 4, 100, 4, patch=6, image_size=30, pool="map"),
     "siglip_gelu": encoder(48, 2, 96, 3, patch=4, image_size=16, pool="map", activation="gelu"),

@@ -27,6 +27,36 @@ MODEL = Model(
 )
 
 
+# Fields of decoders whose layers know of positions in other ways than Llama's.
+FAMILIES = {
+    "windows, caps, two norms": {
+        "norm": "rms_plus_one",
+        "post_norms": True,
+        "qk_norm": True,
+        "query_scale": 3.0,
+        "attention_cap": 2.0,
+        "logit_cap": 5.0,
+        "window": 4,
+        "pattern": ("local", "global"),
+        "local_theta": 20.0,
+        "embed_scale": 4.5,
+    },
+    "linear biases": {"position": "alibi", "norm": "layer_unbiased", "gated": False},
+    "learned positions": {
+        "position": "learned",
+        "positions": 66,
+        "position_offset": 2,
+        "norm": "layer",
+        "qkv_bias": True,
+        "out_bias": True,
+        "mlp_bias": True,
+        "gated": False,
+        "activation": "relu",
+    },
+    "half rotated, parallel": {"norm": "layer", "rope_share": 0.5, "parallel": True},
+}
+
+
 def model(stem: str = "patch", connector: dict | None = None, **decoder) -> Model:
     """MODEL with another stem, other fields of its connector, or other fields of its decoder."""
     stages = STAGES if stem == "conv" else ()

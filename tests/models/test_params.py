@@ -12,7 +12,7 @@ from vlm_jax.config import Model
 from vlm_jax.models import params
 from vlm_jax.presets import decoders, encoders
 from vlm_jax.presets.connectors import Connector
-from vlm_jax.presets.decoders import llama
+from vlm_jax.presets.decoders import decoder
 from vlm_jax.presets.encoders import vit
 
 LINEAR = Connector("linear")
@@ -59,7 +59,7 @@ POOLED = [
 def test_encoders_have_the_published_number_of_parameters(pool, rows):
     for name, size, millions in rows:
         encoder = vit(name, image_size=size, pool=pool)
-        found = count(Model(encoder, LINEAR, llama("1m")), "encoder") / 1e6
+        found = count(Model(encoder, LINEAR, decoder("1m")), "encoder") / 1e6
         decimals = len(millions.partition(".")[2])
         assert f"{found:.{decimals}f}" == millions, (name, size)
 
@@ -73,23 +73,44 @@ def test_every_row_of_the_encoder_table_has_a_published_count():
     "name, total",
     [
         ("smollm2-135m", 134_515_008),
+        ("smollm2-360m", 361_821_120),
+        ("smollm2-1.7b", 1_711_376_384),
+        ("llama1-7b", 6_738_415_616),
+        ("llama1-13b", 13_015_864_320),
+        ("llama2-7b", 6_738_415_616),
+        ("llama2-13b", 13_015_864_320),
+        ("llama3-8b", 8_030_261_248),
+        ("llama3.1-8b", 8_030_261_248),
         ("llama3.2-1b", 1_235_814_400),
         ("llama3.2-3b", 3_212_749_824),
-        ("llama2-7b", 6_738_415_616),
         ("mistral-7b", 7_241_732_096),
+        ("qwen2-0.5b", 494_032_768),
+        ("qwen2-7b", 7_615_616_512),
+        ("qwen3-0.6b", 596_049_920),
+        ("qwen3-8b", 8_190_735_360),
+        ("gemma-2b", 2_506_172_416),
+        ("gemma2-2b", 2_614_341_888),
+        ("gemma2-9b", 9_241_705_984),
+        ("gemma3-1b", 999_885_952),
+        # 4,300,079,472 less its vision tower (416,866,032) and projector (2,950,272)
+        ("gemma3-4b", 3_880_263_168),
+        ("opt-2.7b", 2_651_596_800),
+        ("opt-6.7b", 6_658_473_984),
+        ("mpt-7b", 6_649_286_656),
+        ("redpajama-3b", 2_775_864_320),
     ],
 )
 def test_decoders_have_the_published_number_of_parameters(name, total):
-    assert count(Model(vit("mu/16"), LINEAR, llama(name)), "decoder") == total
+    assert count(Model(vit("mu/16"), LINEAR, decoder(name)), "decoder") == total
 
 
 @pytest.mark.parametrize(
     "model",
     [
-        *(Model(vit(f"{size}/16", pool="map"), LINEAR, llama("1m")) for size in encoders.SIZES),
-        *(Model(vit("mu/16"), LINEAR, llama(name)) for name in decoders.SIZES),
-        Model(vit("mu/16", position="sincos2d"), Connector("mlp", layers=3), llama("1m")),
-        Model(vit("mu/16"), Connector("perceiver", width=96), llama("1m")),
+        *(Model(vit(f"{size}/16", pool="map"), LINEAR, decoder("1m")) for size in encoders.SIZES),
+        *(Model(vit("mu/16"), LINEAR, decoder(name)) for name in decoders.SIZES),
+        Model(vit("mu/16", position="sincos2d"), Connector("mlp", layers=3), decoder("1m")),
+        Model(vit("mu/16"), Connector("perceiver", width=96), decoder("1m")),
         model(stem="conv"),
     ],
 )

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from handmade import (
+    FAMILIES,
     MODEL,
     QUERIES,
     VOCAB,
@@ -42,13 +43,15 @@ def gradients(model, flat, batch, dropout=None, visual=True) -> dict[str, jax.Ar
     return jax.jit(jax.grad(loss))(flat)
 
 
+@pytest.mark.parametrize("family", [None, *FAMILIES])
 @pytest.mark.parametrize("prompt", [0, 5], ids=["causal", "prefix"])
-def test_a_packed_row_gives_its_documents_logits_alone(prompt):
-    flat, (first, second) = weights(MODEL), documents(prompt=prompt)
+def test_a_packed_row_gives_its_documents_logits_alone(prompt, family):
+    made = model(**FAMILIES.get(family, {}))
+    flat, (first, second) = weights(made), documents(prompt=prompt)
     size = len(first.tokens) + len(second.tokens) + 4
-    packed = lay_out(MODEL, [[first, second], [second, first]], size, slots=4)
-    alone = lay_out(MODEL, [[first], [second]], size, slots=4)
-    together, apart = logits(MODEL, flat, packed), logits(MODEL, flat, alone)
+    packed = lay_out(made, [[first, second], [second, first]], size, slots=4)
+    alone = lay_out(made, [[first], [second]], size, slots=4)
+    together, apart = logits(made, flat, packed), logits(made, flat, alone)
     lengths = len(first.tokens), len(second.tokens)
     for row, order in enumerate(([0, 1], [1, 0])):
         start = 0

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from handmade import MODEL, VOCAB, document, lay_out, model, weights
+from handmade import FAMILIES, MODEL, VOCAB, document, lay_out, model, weights
 
 from vlm_jax.models import params, sampling
 
@@ -16,6 +16,7 @@ MODELS = {
     "gqa": MODEL,
     "one key/value head, untied": model(heads=5, kv_heads=1, head_dim=6, tied=False),
     "as many key/value heads, dropout unused": model(heads=3, kv_heads=3, head_dim=2, dropout=0.5),
+    **{name: model(**fields) for name, fields in FAMILIES.items()},
     "a visual token per patch": model(stem="conv", connector={"kind": "mlp"}, rope_theta=50.0),
 }
 

@@ -3,26 +3,27 @@
 import numpy as np
 import torch
 import transformers
-from cases import LLAMA, PERCEIVER, PROJECTOR, Case, cotangent
+from cases import PERCEIVER, Case, cotangent
 from transformers.models.idefics2.modeling_idefics2 import (
     Idefics2PerceiverConfig,
     Idefics2PerceiverResampler,
 )
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
+QKV = ("query", "key", "value")
 ACTIVATIONS = {"gelu_tanh": "gelu_pytorch_tanh", "gelu": "gelu"}
 
 
 def make(case: Case, seed: int = 0) -> torch.nn.Module:
     """Their model of the case's sizes; every weight random, so that none hides a mistake."""
-    if case.table is LLAMA:
-        module = _llama(case)
-    elif case.table is PERCEIVER:
-        module = _perceiver(case)
-    elif case.table is PROJECTOR:
-        module = _projector(case)
-    else:
-        module = _siglip(case)
+    module = {
+        "siglip": _siglip,
+        "idefics2": _perceiver,
+        "llava": _projector,
+        "opt": _opt,
+        "mpt": _mpt,
+        "gpt_neox": _neox,
+    }.get(case.family, _llama)(case)
     rng = np.random.default_rng(seed)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -40,7 +41,7 @@ def compare(case: Case, module: torch.nn.Module, x: np.ndarray):
     gradients = {
         name: p.grad.numpy() for name, p in module.named_parameters() if p.grad is not None
     }
-    return output.detach().numpy(), _named(weights), _named(gradients)
+    return output.detach().numpy(), _named(case, weights), _named(case, gradients)
 
 
 def _run(case: Case, module: torch.nn.Module, x: np.ndarray) -> torch.Tensor:
@@ -55,7 +56,7 @@ def _run(case: Case, module: torch.nn.Module, x: np.ndarray) -> torch.Tensor:
     return output.pooler_output[:, None] if pooled else output.last_hidden_state
 
 
-def _named(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _named(case: Case, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Arrays by the tables' names: fused projections are cut apart, patches' channels come last."""
     named = {}
     for name, array in arrays.items():
@@ -65,14 +66,36 @@ def _named(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
                 named[name.replace("in_proj_", part + ".")] = third
         elif name.endswith("patch_embedding.weight"):
             named[name] = array.transpose(0, 2, 3, 1)
+        elif "Wqkv" in name:
+            for part, third in zip(QKV, np.split(array, 3)):
+                named[name.replace("Wqkv", part)] = third
+        elif "query_key_value" in name:
+            # The three parts of each head lie together.
+            size = case.model.decoder.head_dim
+            heads = array.reshape(-1, 3, size, *array.shape[1:])
+            for part, third in zip(QKV, np.moveaxis(heads, 1, 0)):
+                named[name.replace("query_key_value", part)] = third.reshape(-1, *array.shape[1:])
         else:
             named[name] = array
     return named
 
 
 def _llama(case: Case) -> torch.nn.Module:
+    """A Llama, or one of the families whose configs speak of the same things by the same names."""
     d = case.model.decoder
-    config = transformers.LlamaConfig(
+    fields = {}
+    if d.window:
+        kinds = {"local": "sliding_attention", "global": "full_attention"}
+        fields |= {"sliding_window": d.window, "layer_types": [kinds[k] for k in d.layers]}
+    if case.family.startswith("gemma"):
+        fields |= {"hidden_activation": ACTIVATIONS[d.activation]}
+        fields |= {"query_pre_attn_scalar": int(d.query_scale)}
+        fields |= {"attn_logit_softcapping": d.attention_cap or None}
+        fields |= {"final_logit_softcapping": d.logit_cap or None}
+    if case.family == "mistral":
+        fields.pop("layer_types")
+    config = transformers.AutoConfig.for_model(
+        case.family,
         vocab_size=d.vocab,
         hidden_size=d.width,
         num_hidden_layers=d.depth,
@@ -81,11 +104,77 @@ def _llama(case: Case) -> torch.nn.Module:
         num_key_value_heads=d.kv_heads,
         head_dim=d.head_dim,
         rms_norm_eps=d.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": d.rope_theta},
+        rope_parameters=_rope(case),
         tie_word_embeddings=d.tied,
         attn_implementation="eager",
+        pad_token_id=None,
+        **fields,
     )
-    return transformers.LlamaForCausalLM(config)
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def _rope(case: Case) -> dict:
+    d = case.model.decoder
+    rope = {"rope_type": "default", "rope_theta": d.rope_theta}
+    if d.rope_original:
+        rope |= {"rope_type": "llama3", "original_max_position_embeddings": d.rope_original}
+        rope |= {"low_freq_factor": d.rope_low, "high_freq_factor": d.rope_high}
+    elif d.rope_factor != 1:
+        rope |= {"rope_type": "linear"}
+    if d.rope_factor != 1:
+        rope |= {"factor": d.rope_factor}
+    if d.local_theta:
+        local = {"rope_type": "default", "rope_theta": d.local_theta}
+        return {"full_attention": rope, "sliding_attention": local}
+    return rope
+
+
+def _opt(case: Case) -> torch.nn.Module:
+    d = case.model.decoder
+    config = transformers.OPTConfig(
+        vocab_size=d.vocab,
+        hidden_size=d.width,
+        word_embed_proj_dim=d.width,
+        num_hidden_layers=d.depth,
+        ffn_dim=d.mlp,
+        num_attention_heads=d.heads,
+        max_position_embeddings=d.positions - d.position_offset,
+        activation_function=d.activation,
+        attn_implementation="eager",
+        pad_token_id=None,
+    )
+    return transformers.OPTForCausalLM(config)
+
+
+def _mpt(case: Case) -> torch.nn.Module:
+    d = case.model.decoder
+    config = transformers.MptConfig(
+        d_model=d.width,
+        n_heads=d.heads,
+        n_layers=d.depth,
+        max_seq_len=32,
+        vocab_size=d.vocab,
+        layer_norm_epsilon=d.norm_eps,
+    )
+    return transformers.MptForCausalLM(config)
+
+
+def _neox(case: Case) -> torch.nn.Module:
+    d = case.model.decoder
+    rope = {"rope_type": "default", "rope_theta": d.rope_theta}
+    config = transformers.GPTNeoXConfig(
+        vocab_size=d.vocab,
+        hidden_size=d.width,
+        num_hidden_layers=d.depth,
+        intermediate_size=d.mlp,
+        num_attention_heads=d.heads,
+        hidden_act=d.activation,
+        layer_norm_eps=d.norm_eps,
+        use_parallel_residual=d.parallel,
+        rope_parameters=rope | {"partial_rotary_factor": d.rope_share},
+        attn_implementation="eager",
+    )
+    return transformers.GPTNeoXForCausalLM(config)
 
 
 def _siglip(case: Case) -> torch.nn.Module:

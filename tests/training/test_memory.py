@@ -12,13 +12,13 @@ from vlm_jax.errors import ConfigError
 from vlm_jax.models import params
 from vlm_jax.parallel import devices
 from vlm_jax.parallel import mesh as meshes
-from vlm_jax.presets.decoders import llama
+from vlm_jax.presets.decoders import decoder
 from vlm_jax.presets.encoders import vit
 from vlm_jax.training import adaptation, memory
 from vlm_jax.training import state as states
 
 GIB = 2**30
-LARGE = dataclasses.replace(tiny.MODEL, encoder=vit("g/14"), decoder=llama("llama2-7b"))
+LARGE = dataclasses.replace(tiny.MODEL, encoder=vit("g/14"), decoder=decoder("llama2-7b"))
 
 
 def planned(config, count=1):

@@ -1,13 +1,15 @@
-"""The decoder of the Llama family: RMSNorm, rotary positions, grouped-query attention, SwiGLU."""
+"""Decoders: embeddings, causal blocks, logits. What families differ in is fields of the preset."""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from vlm_jax.models.layers import Attention, Linear, Mlp, RMSNorm, Stack, attend, drop, rotate
+from vlm_jax.models.layers import NORMS, Attention, Linear, Mlp, Stack, attend, drop, rotate
+from vlm_jax.models.positions import View, view
 from vlm_jax.parallel.sharding import constrain
 from vlm_jax.presets.decoders import Decoder
 
@@ -20,32 +22,52 @@ class Cache(NamedTuple):
 
 
 class Block(nnx.Module):
-    """Causal self-attention and SwiGLU, each behind an RMSNorm and a residual."""
+    """Causal self-attention and a feed-forward part, each behind a norm and a residual."""
 
     def __init__(self, decoder: Decoder, rngs: nnx.Rngs):
-        width = decoder.width
+        d, norm = decoder, NORMS[decoder.norm]
         self.decoder = decoder
-        self.norm1 = RMSNorm(width, decoder.norm_eps)
+        self.norm1 = norm(d.width, d.norm_eps)
         self.attention = Attention(
-            width, decoder.heads, decoder.kv_heads, decoder.head_dim, bias=False, rngs=rngs
+            d.width,
+            d.heads,
+            d.kv_heads,
+            d.head_dim,
+            bias=d.qkv_bias,
+            out_bias=d.out_bias,
+            rngs=rngs,
         )
-        self.norm2 = RMSNorm(width, decoder.norm_eps)
-        self.mlp = Mlp(width, decoder.mlp, "silu", gated=True, bias=False, rngs=rngs)
+        self.query_norm = norm(d.head_dim, d.norm_eps) if d.qk_norm else None
+        self.key_norm = norm(d.head_dim, d.norm_eps) if d.qk_norm else None
+        self.post_norm1 = norm(d.width, d.norm_eps) if d.post_norms else None
+        self.norm2 = norm(d.width, d.norm_eps)
+        self.mlp = Mlp(d.width, d.mlp, d.activation, gated=d.gated, bias=d.mlp_bias, rngs=rngs)
+        self.post_norm2 = norm(d.width, d.norm_eps) if d.post_norms else None
 
-    def __call__(self, x: Float[Array, "B T D"], positions, mask, cache, start, key):
+    def __call__(self, x: Float[Array, "B T D"], look: View, cache, start, key):
         """One block; with a cache, keys and values are written at slot `start` and read from it."""
         keys = (None,) * 2 if key is None else jax.random.split(key)
-        theta, rate = self.decoder.rope_theta, self.decoder.dropout
-        y = self.norm1(x)
+        rate = self.decoder.dropout
+        y, cache = self._attend(self.norm1(x), look, cache, start)
+        attended = x + drop(y if self.post_norm1 is None else self.post_norm1(y), rate, keys[0])
+        y = self.mlp(self.norm2(x if self.decoder.parallel else attended))
+        y = drop(y if self.post_norm2 is None else self.post_norm2(y), rate, keys[1])
+        return constrain(attended + y, "batch", None, None), cache
+
+    def _attend(self, y: Float[Array, "B T D"], look: View, cache: Cache | None, start):
         query, k, v = self.attention.project(y, y)
-        query, k = rotate(query, positions, theta), rotate(k, positions, theta)
+        if self.query_norm is not None:
+            query, k = self.query_norm(query), self.key_norm(k)
+        if look.sin is not None:
+            query, k = (rotate(heads, look.sin, look.cos) for heads in (query, k))
         if cache is not None:
             k = jax.lax.dynamic_update_slice_in_dim(cache.keys, k, start, axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(cache.values, v, start, axis=1)
             cache = Cache(k, v)
-        x = x + drop(self.attention.out(attend(query, k, v, mask)), rate, keys[0])
-        x = x + drop(self.mlp(self.norm2(x)), rate, keys[1])
-        return constrain(x, "batch", None, None), cache
+        scale = (self.decoder.query_scale or self.decoder.head_dim) ** -0.5
+        cap = self.decoder.attention_cap
+        seen = attend(query, k, v, look.mask, scale=scale, bias=look.bias, cap=cap)
+        return self.attention.out(seen), cache
 
 
 class LanguageModel(nnx.Module):
@@ -56,9 +78,12 @@ class LanguageModel(nnx.Module):
         # Llama's initializer_range; the first norm makes the scale irrelevant on the way in.
         table = 0.02 * jax.random.normal(rngs(), (decoder.vocab, decoder.width))
         self.embedding = nnx.Param(table)
+        learned = decoder.position == "learned"
+        size = (decoder.positions, decoder.width)
+        self.positions = nnx.Param(0.02 * jax.random.normal(rngs(), size)) if learned else None
         make = lambda rngs: Block(decoder, rngs)  # noqa: E731
         self.stack = Stack(make, decoder.depth, remat=decoder.remat, rngs=rngs)
-        self.norm = RMSNorm(decoder.width, decoder.norm_eps)
+        self.norm = NORMS[decoder.norm](decoder.width, decoder.norm_eps)
         sizes = (decoder.width,), (decoder.vocab,)
         self.output = None if decoder.tied else Linear(*sizes, bias=False, rngs=rngs)
 
@@ -66,7 +91,9 @@ class LanguageModel(nnx.Module):
         """Rows of the embedding table."""
         # Cast after the gather, so that the gradients of a frequent token add up in float32.
         x = self.embedding[...][tokens].astype(self.decoder.dtype)
-        return constrain(x, "batch", None, None)
+        scale = self.decoder.embed_scale
+        # The factor is rounded to the dtype computed in, as Gemma's authors do.
+        return constrain(x if scale == 1 else x * jnp.asarray(scale, x.dtype), "batch", None, None)
 
     def __call__(
         self,
@@ -75,16 +102,38 @@ class LanguageModel(nnx.Module):
         mask: Bool[Array, "B 1 T S"],
         cache: Cache | None = None,
         start: int | Int[Array, ""] = 0,
+        key_positions: Int[Array, "B S"] | None = None,
         key: Array | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        """Hidden states before the final norm, and the cache with this call's keys and values."""
+        """Hidden states before the final norm, and the cache with this call's keys and values.
+
+        Args:
+          x: what stands at each position, as `embed` gives it or visual tokens.
+          positions: of `x`, counted within each document.
+          mask: True where a query may look; a sliding window is taken from it here.
+          cache: keys and values of earlier calls; None = there are no others than those of `x`.
+          start: slot of the cache where this call's are written.
+          key_positions: of all slots of the cache; by default those of `x`.
+          key: dropout's; None = evaluation.
+        """
         keys = (None,) * 2 if key is None else jax.random.split(key)
+        if self.positions is not None:
+            table = self.positions[...].astype(x.dtype)
+            x = x + table[positions + self.decoder.position_offset]
         x = drop(x, self.decoder.dropout, keys[0])
+        key_positions = positions if key_positions is None else key_positions
+        kinds = sorted(set(self.decoder.layers))
+        views = [view(self.decoder, kind, mask, positions, key_positions) for kind in kinds]
+        which = np.array([kinds.index(kind) for kind in self.decoder.layers])
 
-        def apply(block, x, cache, key):
-            return block(x, positions, mask, cache, start, key)
+        def apply(block, x, inputs, key):
+            cache, second = inputs
+            look = views[0]
+            if len(views) > 1:
+                look = jax.tree.map(lambda one, other: jnp.where(second, other, one), *views)
+            return block(x, look, cache, start, key)
 
-        return self.stack(apply, x, per_layer=cache, key=keys[1])
+        return self.stack(apply, x, per_layer=(cache, which), key=keys[1])
 
     def unembed(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Float32 logits of hidden states: the final norm, then the output matrix."""
@@ -94,6 +143,8 @@ class LanguageModel(nnx.Module):
             logits = jnp.einsum("...d,vd->...v", x, table, preferred_element_type=jnp.float32)
         else:
             logits = self.output(x, jnp.float32)
+        cap = self.decoder.logit_cap
+        logits = cap * jnp.tanh(logits / cap) if cap else logits
         return constrain(logits, "batch", *(None,) * (logits.ndim - 2), "vocab")
 
     def empty_cache(self, rows: int, slots: int) -> Cache:

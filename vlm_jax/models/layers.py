@@ -3,13 +3,14 @@
 Axes: D width, F feed-forward width, H heads, G key/value heads, K head dimension, L layers.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from vlm_jax.parallel.sharding import constrain
 
@@ -17,6 +18,7 @@ ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
 }
 
 
@@ -47,31 +49,44 @@ class Linear(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """Layer normalisation with scale and bias, computed in float32."""
+    """Layer normalisation with scale and, as a rule, bias, computed in float32."""
 
-    def __init__(self, width: int, eps: float):
+    def __init__(self, width: int, eps: float, bias: bool = True):
         self.scale = nnx.Param(jnp.ones(width))
-        self.bias = nnx.Param(jnp.zeros(width))
+        self.bias = nnx.Param(jnp.zeros(width)) if bias else None
         self.eps = eps
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         y = x.astype(jnp.float32)
         y = y - y.mean(-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
-        return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+        y = y * self.scale[...]
+        return (y if self.bias is None else y + self.bias[...]).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square normalisation with a scale, computed in float32."""
+    """Root-mean-square normalisation with a scale, computed in float32.
 
-    def __init__(self, width: int, eps: float):
-        self.scale = nnx.Param(jnp.ones(width))
-        self.eps = eps
+    `stored_less` is what the stored scale is short of the one applied: 1 in Gemma.
+    """
+
+    def __init__(self, width: int, eps: float, stored_less: float = 0.0):
+        self.scale = nnx.Param(jnp.ones(width) - stored_less)
+        self.eps, self.stored_less = eps, stored_less
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
-        return (y * self.scale[...]).astype(x.dtype)
+        return (y * (self.scale[...] + self.stored_less)).astype(x.dtype)
+
+
+# Norms by the name that presets give them; called with a width and an epsilon.
+NORMS = {
+    "rms": RMSNorm,
+    "rms_plus_one": functools.partial(RMSNorm, stored_less=1.0),
+    "layer": LayerNorm,
+    "layer_unbiased": functools.partial(LayerNorm, bias=False),
+}
 
 
 class Mlp(nnx.Module):
@@ -90,13 +105,27 @@ class Mlp(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Multi-head attention with grouped key/value heads; queries and context may differ."""
+    """Multi-head attention with grouped key/value heads; queries and context may differ.
 
-    def __init__(self, width: int, heads: int, kv_heads: int, head_dim: int, *, bias: bool, rngs):
+    `bias` is that of queries, keys and values; `out_bias` that of the output, by default the same.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        bias: bool,
+        out_bias: bool | None = None,
+        rngs,
+    ):
+        out_bias = bias if out_bias is None else out_bias
         self.query = Linear((width,), (heads, head_dim), bias=bias, rngs=rngs)
         self.key = Linear((width,), (kv_heads, head_dim), bias=bias, rngs=rngs)
         self.value = Linear((width,), (kv_heads, head_dim), bias=bias, rngs=rngs)
-        self.out = Linear((heads, head_dim), (width,), bias=bias, rngs=rngs)
+        self.out = Linear((heads, head_dim), (width,), bias=out_bias, rngs=rngs)
 
     def project(
         self, x: Float[Array, "B T D"], context: Float[Array, "B S D"]
@@ -118,31 +147,58 @@ def attend(
     key: Float[Array, "B S G K"],
     value: Float[Array, "B S G K"],
     mask: Bool[Array, "B 1 T S"] | None = None,
+    *,
+    scale: float | None = None,
+    bias: Float[Array, "B H T S"] | None = None,
+    cap: float = 0.0,
 ) -> Float[Array, "B T H K"]:
-    """Scaled dot-product attention, softmax in float32; `mask` is True where a query may look."""
-    return jax.nn.dot_product_attention(query, key, value, mask=mask)
+    """Scaled dot-product attention, softmax in float32.
+
+    Args:
+      query, key, value: grouped heads are shared by H / G queries in a row.
+      mask: True where a query may look.
+      scale: factor on scores; by default one over the root of K.
+      bias: added to scaled scores.
+      cap: c of c * tanh(score / c); 0 = none.
+    """
+    if not cap:
+        return jax.nn.dot_product_attention(query, key, value, bias, mask, scale=scale)
+    scores = _scores(query, key, query.shape[-1] ** -0.5 if scale is None else scale)
+    scores = cap * jnp.tanh(scores / cap)
+    scores = scores if bias is None else scores + bias
+    if mask is not None:
+        scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    return jnp.einsum("bhts,bshk->bthk", weights, _repeated(value, query.shape[2]))
+
+
+def _scores(query, key, scale: float) -> Float[Array, "B H T S"]:
+    key = _repeated(key, query.shape[2])
+    return scale * jnp.einsum("bthk,bshk->bhts", query, key, preferred_element_type=jnp.float32)
+
+
+def _repeated(x: Float[Array, "B S G K"], heads: int) -> Float[Array, "B S H K"]:
+    return jnp.repeat(x, heads // x.shape[2], axis=2)
 
 
 def attention_weights(
     query: Float[Array, "B T H K"], key: Float[Array, "B S G K"]
 ) -> Float[Array, "B H T S"]:
     """The weights that `attend` would use, for looking at."""
-    key = jnp.repeat(key, query.shape[2] // key.shape[2], axis=2)
-    scores = jnp.einsum("bthk,bshk->bhts", query, key, preferred_element_type=jnp.float32)
-    return jax.nn.softmax(scores / math.sqrt(query.shape[-1]), axis=-1)
+    return jax.nn.softmax(_scores(query, key, query.shape[-1] ** -0.5), axis=-1)
 
 
 def rotate(
-    x: Float[Array, "B T H K"], positions: Int[Array, "B T"], theta: float
+    x: Float[Array, "B T H K"], sin: Float[Array, "B T 1 R"], cos: Float[Array, "B T 1 R"]
 ) -> Float[Array, "B T H K"]:
-    """Rotary position embedding, halves rotated against each other (the Hugging Face layout)."""
-    half = x.shape[-1] // 2
-    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies
-    sin, cos = jnp.sin(angles), jnp.cos(angles)
-    first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    """Rotary position embedding, halves rotated against each other (the Hugging Face layout).
+
+    The first 2 R of a head's numbers are rotated, the others pass.
+    """
+    half = sin.shape[-1]
+    first, second = (x[..., i * half : (i + 1) * half].astype(jnp.float32) for i in (0, 1))
     rotated = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+    return jnp.concatenate([*(r.astype(x.dtype) for r in rotated), x[..., 2 * half :]], axis=-1)
 
 
 def drop(

@@ -26,7 +26,7 @@ AXES = (
     (r"decoder/embedding", ("vocab", "embed")),
     (r"decoder/output/kernel", ("embed", "vocab")),
     (r".*/(embed|project|layers/\d+|out)/kernel", (None, "embed")),
-    (r"encoder/positions", (None, "embed")),
+    (r"(encoder|decoder)/positions", (None, "embed")),
     (r"connector/queries", (None, "embed")),
     (r"encoder/stem/.*/conv", (None, None, None, "embed")),
     (r".*/(scale|bias|probe)", (None,)),

@@ -29,10 +29,13 @@ def greedy(vlm: VLM, batch: Batch, visual, new_tokens: int, eos: int) -> Int[Arr
         batch.positions,
         jnp.pad(attention_mask(batch), ((0, 0), (0, 0), (0, 0), (0, new_tokens))),
         vlm.decoder.empty_cache(rows, slots),
+        key_positions=jnp.pad(batch.positions, ((0, 0), (0, new_tokens))),
     )
     last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
     token = vlm.unembed(last)[:, 0].argmax(-1).astype(jnp.int32)
     prompt_slots = jnp.arange(slots)[None] < lengths[:, None]
+    made = lengths[:, None] + jnp.arange(new_tokens)
+    key_positions = jnp.concatenate([batch.positions, made], axis=1)
 
     def unfinished(state):
         index, token, done, _, _ = state
@@ -45,7 +48,7 @@ def greedy(vlm: VLM, batch: Batch, visual, new_tokens: int, eos: int) -> Int[Arr
         mask = _visible(prompt_slots, prompt, index)
         x = vlm.decoder.embed(token[:, None])
         positions = (lengths + index)[:, None]
-        hidden, cache = vlm.decoder(x, positions, mask, cache, start=prompt + index)
+        hidden, cache = vlm.decoder(x, positions, mask, cache, prompt + index, key_positions)
         token = vlm.unembed(hidden)[:, 0].argmax(-1).astype(jnp.int32)
         return index + 1, token, done, output, cache
 

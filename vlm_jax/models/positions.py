@@ -1,0 +1,82 @@
+"""What a decoder makes of positions: rotary angles, linear biases, how far a layer looks back."""
+
+import math
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from vlm_jax.presets.decoders import Decoder
+
+
+class View(NamedTuple):
+    """What a layer knows of where its tokens stand.
+
+    Attributes:
+      mask: True where a query may look.
+      sin, cos: of the rotary angles of queries, and of the keys made with them; or None.
+      bias: added to scores, or None.
+    """
+
+    mask: Bool[Array, "B 1 T S"]
+    sin: Float[Array, "B T 1 R"] | None
+    cos: Float[Array, "B T 1 R"] | None
+    bias: Float[Array, "B H T S"] | None
+
+
+def view(
+    decoder: Decoder,
+    layer: str,
+    mask: Bool[Array, "B 1 T S"],
+    positions: Int[Array, "B T"],
+    key_positions: Int[Array, "B S"],
+) -> View:
+    """What "global" or "local" layers of a decoder know.
+
+    Args:
+      decoder: its position fields are read.
+      layer: "global" or "local".
+      mask: where a query may look but for a window.
+      positions: of the queries, counted within each document.
+      key_positions: of all keys that `mask` speaks of.
+    """
+    back = positions[:, None, :, None] - key_positions[:, None, None, :]
+    if layer == "local" and decoder.window:
+        mask = mask & (back < decoder.window)
+    sin = cos = bias = None
+    if decoder.position == "rotary":
+        angles = positions[..., None, None].astype(jnp.float32) * frequencies(decoder, layer)
+        sin, cos = jnp.sin(angles), jnp.cos(angles)
+    if decoder.position == "alibi":
+        bias = -slopes(decoder.heads)[:, None, None] * back.astype(jnp.float32)
+    return View(mask, sin, cos, bias)
+
+
+def frequencies(decoder: Decoder, layer: str) -> Float[np.ndarray, " R"]:
+    """Rotary frequencies, radians per position; R is half of what is rotated of a head."""
+    half = int(decoder.head_dim * decoder.rope_share) // 2
+    theta, scaled = decoder.rope_theta, True
+    if layer == "local" and decoder.local_theta:
+        theta, scaled = decoder.local_theta, False
+    plain = theta ** (-np.arange(half, dtype=np.float32) / np.float32(half))
+    if not scaled or decoder.rope_factor == 1:
+        return plain.astype(np.float32)
+    slow = plain / decoder.rope_factor
+    if not decoder.rope_original:
+        return slow.astype(np.float32)
+    # Llama 3.1 (its model card's code): frequencies that turn often within the original context
+    # stay, those that hardly turn are divided, and what lies between is blended.
+    turns = decoder.rope_original * plain / (2 * math.pi)
+    keep = (turns - decoder.rope_low) / (decoder.rope_high - decoder.rope_low)
+    keep = np.clip(keep, 0.0, 1.0)
+    return (keep * plain + (1 - keep) * slow).astype(np.float32)
+
+
+def slopes(heads: int, largest: float = 8.0) -> Float[np.ndarray, " H"]:
+    """ALiBi's slopes (Press et al. 2022), in MPT's order where heads are no power of two."""
+    count = 2 ** math.ceil(math.log2(heads))
+    powers = 2.0 ** (-largest / count * np.arange(1, count + 1))
+    if count != heads:
+        powers = np.concatenate([powers[1::2], powers[::2]])[:heads]
+    return powers.astype(np.float32)
