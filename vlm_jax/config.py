@@ -427,18 +427,7 @@ def check(config: Config) -> None:
             connector.heads,
             f"a multiple of its {connector.kv_heads} key/value heads",
         )
-    _require(
-        decoder.heads % decoder.kv_heads == 0,
-        "model.decoder.heads",
-        decoder.heads,
-        f"a multiple of its {decoder.kv_heads} key/value heads",
-    )
-    _require(
-        decoder.head_dim % 2 == 0,
-        "model.decoder.head_dim",
-        decoder.head_dim,
-        "an even number, for rotary positions",
-    )
+    _check_decoder(decoder, data.tokens + config.eval.max_new_tokens)
     _require(
         any(weight > 0 for weight in data.mixture.values()),
         "data.mixture",
@@ -451,6 +440,9 @@ def check(config: Config) -> None:
         dict(data.mixture),
         "weights of at least 0",
     )
+    _require(data.views >= 1, "data.views", data.views, "at least 1")
+    temperature = config.train.temperature
+    _require(temperature > 0, "train.temperature", temperature, "more than 0")
     for rule in config.adaptation:
         _require(rule.mode in ("full", "frozen"), "adaptation", rule.mode, "full or frozen")
     if data.images:
@@ -460,6 +452,41 @@ def check(config: Config) -> None:
             data.tokens,
             f"room for an image's {config.model.visual_tokens} visual tokens and text",
         )
+
+
+def _check_decoder(decoder: Decoder, longest: int) -> None:
+    """Raises ConfigError where a decoder's fields contradict each other or a longest document."""
+    _require(
+        decoder.heads % decoder.kv_heads == 0,
+        "model.decoder.heads",
+        decoder.heads,
+        f"a multiple of its {decoder.kv_heads} key/value heads",
+    )
+    rotated = decoder.head_dim * decoder.rope_share
+    _require(
+        decoder.position != "rotary" or (0 < rotated <= decoder.head_dim and rotated % 2 == 0),
+        "model.decoder.rope_share",
+        decoder.rope_share,
+        f"a share of head_dim {decoder.head_dim} that is an even number, for rotary positions",
+    )
+    _require(
+        decoder.position != "learned" or decoder.positions - decoder.position_offset >= longest,
+        "model.decoder.positions",
+        decoder.positions,
+        f"{decoder.position_offset} more than the {longest} of data.tokens and eval.max_new_tokens",
+    )
+    _require(
+        bool(decoder.pattern) and set(decoder.pattern) <= {"global", "local"},
+        "model.decoder.pattern",
+        decoder.pattern,
+        "global and local, at least one of them",
+    )
+    _require(
+        "local" not in decoder.pattern or decoder.window > 0,
+        "model.decoder.window",
+        decoder.window,
+        "at least 1 where the pattern has local layers",
+    )
 
 
 def _require(holds: bool, path: str, value: Any, expected: str) -> None:
