@@ -427,7 +427,7 @@ def check(config: Config) -> None:
             connector.heads,
             f"a multiple of its {connector.kv_heads} key/value heads",
         )
-    _check_decoder(decoder, data.tokens + config.eval.max_new_tokens)
+    _check_decoder(decoder, data.tokens)
     _require(
         any(weight > 0 for weight in data.mixture.values()),
         "data.mixture",
@@ -473,7 +473,7 @@ def _check_decoder(decoder: Decoder, longest: int) -> None:
         decoder.position != "learned" or decoder.positions - decoder.position_offset >= longest,
         "model.decoder.positions",
         decoder.positions,
-        f"{decoder.position_offset} more than the {longest} of data.tokens and eval.max_new_tokens",
+        f"at least {decoder.position_offset} more than the {longest} of data.tokens",
     )
     _require(
         bool(decoder.pattern) and set(decoder.pattern) <= {"global", "local"},
@@ -481,11 +481,24 @@ def _check_decoder(decoder: Decoder, longest: int) -> None:
         decoder.pattern,
         "global and local, at least one of them",
     )
+    local = "local" in decoder.pattern
     _require(
-        "local" not in decoder.pattern or decoder.window > 0,
+        local == (decoder.window > 0),
         "model.decoder.window",
         decoder.window,
-        "at least 1 where the pattern has local layers",
+        "at least 1 where the pattern has local layers, else 0",
+    )
+    _require(
+        local or not decoder.local_theta,
+        "model.decoder.local_theta",
+        decoder.local_theta,
+        "0 where the pattern has no local layers",
+    )
+    _require(
+        decoder.rope_low < decoder.rope_high,
+        "model.decoder.rope_low",
+        decoder.rope_low,
+        f"less than rope_high {decoder.rope_high}",
     )
 
 

@@ -189,15 +189,14 @@ def decoder(*sizes, family: str = "llama", table: dict[str, str] = LLAMA, **fiel
     return Case("decoder", _model(decoder=Decoder(*sizes, **fields)), table, family)
 
 
-GEMMA = {"norm": "rms_plus_one", "activation": "gelu_tanh", "tied": True}
+GEMMA = {"norm": "rms_plus_one", "activation": "gelu_tanh", "embed_root": True, "tied": True}
 UNGATED = {"gated": False, "norm": "layer"}
 BIASES = {"qkv_bias": True, "out_bias": True, "mlp_bias": True}
 
 
 def gemma(*sizes, family: str = "gemma", table: dict[str, str] = LLAMA, **fields) -> Case:
     """A Gemma of these sizes; above the first, branches are normed twice and layers alternate."""
-    embed_scale = sizes[1] ** 0.5
-    return decoder(*sizes, family=family, table=table, embed_scale=embed_scale, **GEMMA, **fields)
+    return decoder(*sizes, family=family, table=table, **GEMMA, **fields)
 
 
 def opt(vocab: int, width: int, depth: int, mlp: int, heads: int, **fields) -> Case:

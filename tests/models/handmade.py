@@ -39,7 +39,7 @@ FAMILIES = {
         "window": 4,
         "pattern": ("local", "global"),
         "local_theta": 20.0,
-        "embed_scale": 4.5,
+        "embed_root": True,
     },
     "linear biases": {"position": "alibi", "norm": "layer_unbiased", "gated": False},
     "learned positions": {

@@ -162,6 +162,25 @@ def test_gradients_of_a_frequent_token_add_up_in_float32():
     np.testing.assert_array_equal(gradient[7], 1001)  # bfloat16 has no 1001
 
 
+def test_gradients_of_a_frequent_position_add_up_in_float32():
+    # A document of one token sees nothing else: every row adds the same to its one position.
+    made = change(model(**FAMILIES["learned positions"]), dtype="bfloat16")
+    flat = weights(made)
+
+    def gradient(rows):
+        def loss(flat):
+            x = jnp.ones((rows, 1, made.decoder.width), jnp.bfloat16)
+            at = jnp.full((rows, 1), 3)
+            hidden, _ = params.build(made, flat).decoder(x, at, jnp.ones((rows, 1, 1, 1), bool))
+            return hidden.astype(jnp.float32).sum()
+
+        return np.asarray(jax.jit(jax.grad(loss))(flat)["decoder/positions"], np.float64)
+
+    one, many = gradient(1), gradient(1001)
+    assert np.flatnonzero(one.any(axis=1)).tolist() == [5]  # OPT's offset is 2
+    np.testing.assert_allclose(many[5], 1001 * one[5], rtol=1e-5)
+
+
 def test_dropout_and_stochastic_depth_are_off_without_a_key():
     dropped = change(MODEL, dropout=0.5, drop_path=0.5)
     flat, batch = weights(MODEL), lay_out(MODEL, [documents()], 30, slots=3)

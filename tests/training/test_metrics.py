@@ -26,13 +26,21 @@ SUMS = {
 }
 
 
+AUXILIARY = {
+    "words_nll": 6.0,
+    "words_images": 3,
+    "contrastive_nll": 5.0,
+    "contrastive_images": 2,
+}
+
+
 def lines(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_a_line_is_made_of_means_over_what_is_real():
     rejects = {("emoji", "truncated"): 2, ("emoji", "missing"): 1}
-    line = metrics.row(7, SUMS | {"words_nll": 6.0, "words_images": 3}, Info((), rejects))
+    line = metrics.row(7, SUMS | AUXILIARY, Info((), rejects))
     assert line == {
         "step": 7,
         "loss": 3.0,
@@ -45,6 +53,7 @@ def test_a_line_is_made_of_means_over_what_is_real():
         "images": 3,
         "padding": 0.25,
         "words_loss": 2.0,
+        "contrastive_loss": 2.5,
         "rejects": {"emoji/missing": 1, "emoji/truncated": 2},
     }
 

@@ -119,7 +119,7 @@ def test_bag_of_words_is_added_with_its_weight(flat):
     np.testing.assert_allclose(total, plain + 0.25 * words, rtol=1e-6)
 
 
-def test_the_contrastive_loss_equals_a_loop_over_images(flat):
+def test_the_contrastive_loss_equals_a_loop_over_images():
     batch, rng = tiny.batch(0), np.random.default_rng(5)
     visual = jnp.asarray(rng.normal(size=(tiny.ROWS, tiny.IMAGES, tiny.QUERIES, 16)), jnp.float32)
     texts = np.stack([[3, 1, 0, 0, 0], [3, 1, 4, 0, 0], [9, 0, 0, 0, 0], [0] * 5])

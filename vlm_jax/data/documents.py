@@ -23,7 +23,8 @@ class Document:
         from the document's own first image.
       pixels: float32 [n, H, W, 3], normalised; zeros for an image that could not be used.
       texts: int32 [n, S], the second text of each image, 0 = padding.
-      rejects: why the sample is not learned from, e.g. ("truncated",); its loss weights are 0 then.
+      rejects: why the sample is not learned from, e.g. ("truncated",); its loss weights and texts
+        are 0 then.
         A sample too long for any row has no tokens at all.
     """
 
@@ -146,7 +147,7 @@ def _build(
     visual_index, image_index = _indices(rendered, config.model.visual_tokens)
     texts = np.zeros((len(rendered.image_spans), size), np.int32)
     for row, span in zip(texts, rendered.image_spans, strict=True):
-        if span.index < len(example.image_texts):
+        if span.index < len(example.image_texts) and not rejects:
             ids = tokenizer.encode(example.image_texts[span.index])[:size]
             row[: len(ids)] = ids
     weights = rendered.loss_weights

@@ -85,7 +85,7 @@ class TrainStream:
         Raises:
           ConfigError: it belongs to another stream; names what differs.
         """
-        saved = state["fingerprint"]
+        saved = {"views": 1, **state["fingerprint"]}  # there was no such choice at first
         for name in {**self._fingerprint, **saved}:
             old, new = saved.get(name), self._fingerprint.get(name)
             if old != new:
@@ -296,6 +296,7 @@ def _fingerprint(
         "image_size": config.model.encoder.image_size,
         "pool": data.pool,
         "views": data.views,
+        **order.fingerprint(opened, data.views),
     }
 
 

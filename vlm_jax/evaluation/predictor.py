@@ -15,6 +15,7 @@ from vlm_jax import config as configs
 from vlm_jax.batch import Batch, Images
 from vlm_jax.data import chat, heldout, pipeline
 from vlm_jax.data.example import Example, Image
+from vlm_jax.errors import DataError
 from vlm_jax.evaluation import devices
 from vlm_jax.evaluation.vision import Vision
 from vlm_jax.models import params as parameters
@@ -104,10 +105,21 @@ class Predictor:
         limit = max_new_tokens or self.config.eval.max_new_tokens
         greedy, replies = _compiled_greedy(self.config.model, self._end, limit), []
         for batch in heldout.prompt_batches(self.config, asked):
+            self._check_length(batch.tokens.shape[1] + limit)
             tokens = devices.fetch(greedy(self.params, *self.vision.inputs(batch)))
             replies += [self._text(row) for row in tokens]
         # The last batch is filled up with empty rows.
         return dict(zip(asked, replies, strict=False))
+
+    def _check_length(self, length: int) -> None:
+        """Raises DataError where a decoder with a table of positions has none for the last ones."""
+        decoder = self.config.model.decoder
+        table = decoder.positions - decoder.position_offset
+        if decoder.position == "learned" and length > table:
+            raise DataError(
+                f"prompt and reply have up to {length} tokens; the decoder's table of positions "
+                f"has {table}: ask for fewer new tokens, or shorten the prompt"
+            )
 
     def _text(self, tokens: Int[np.ndarray, " new"]) -> str:
         ended = np.flatnonzero(tokens == self._end)

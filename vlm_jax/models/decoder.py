@@ -1,5 +1,6 @@
 """Decoders: embeddings, causal blocks, logits. What families differ in is fields of the preset."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -9,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.models.layers import NORMS, Attention, Linear, Mlp, Stack, attend, drop, rotate
-from vlm_jax.models.positions import View, view
+from vlm_jax.models.positions import View, slopes, view
 from vlm_jax.parallel.sharding import constrain
 from vlm_jax.presets.decoders import Decoder
 
@@ -65,8 +66,11 @@ class Block(nnx.Module):
             v = jax.lax.dynamic_update_slice_in_dim(cache.values, v, start, axis=1)
             cache = Cache(k, v)
         scale = (self.decoder.query_scale or self.decoder.head_dim) ** -0.5
+        bias = None
+        if look.distance is not None:
+            bias = -slopes(self.decoder.heads)[:, None, None] * look.distance
         cap = self.decoder.attention_cap
-        seen = attend(query, k, v, look.mask, scale=scale, bias=look.bias, cap=cap)
+        seen = attend(query, k, v, look.mask, scale=scale, bias=bias, cap=cap)
         return self.attention.out(seen), cache
 
 
@@ -88,12 +92,12 @@ class LanguageModel(nnx.Module):
         self.output = None if decoder.tied else Linear(*sizes, bias=False, rngs=rngs)
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Rows of the embedding table."""
+        """Rows of the embedding table, scaled as the preset says."""
         # Cast after the gather, so that the gradients of a frequent token add up in float32.
         x = self.embedding[...][tokens].astype(self.decoder.dtype)
-        scale = self.decoder.embed_scale
-        # The factor is rounded to the dtype computed in, as Gemma's authors do.
-        return constrain(x if scale == 1 else x * jnp.asarray(scale, x.dtype), "batch", None, None)
+        if self.decoder.embed_root:  # rounded to the dtype computed in, as Gemma's authors do
+            x = x * jnp.asarray(math.sqrt(self.decoder.width), x.dtype)
+        return constrain(x, "batch", None, None)
 
     def __call__(
         self,
@@ -118,8 +122,8 @@ class LanguageModel(nnx.Module):
         """
         keys = (None,) * 2 if key is None else jax.random.split(key)
         if self.positions is not None:
-            table = self.positions[...].astype(x.dtype)
-            x = x + table[positions + self.decoder.position_offset]
+            rows = self.positions[...][positions + self.decoder.position_offset]
+            x = x + rows.astype(x.dtype)  # after the gather, as in `embed`
         x = drop(x, self.decoder.dropout, keys[0])
         key_positions = positions if key_positions is None else key_positions
         kinds = sorted(set(self.decoder.layers))

@@ -77,7 +77,9 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
-        return (y * (self.scale[...] + self.stored_less)).astype(x.dtype)
+        # In float32, or a scale stored in bfloat16 would lose what it is less one.
+        scale = self.scale[...].astype(jnp.float32) + self.stored_less
+        return (y * scale).astype(x.dtype)
 
 
 # Norms by the name that presets give them; called with a width and an epsilon.
@@ -184,7 +186,7 @@ def _repeated(x: Float[Array, "B S G K"], heads: int) -> Float[Array, "B S H K"]
 def attention_weights(
     query: Float[Array, "B T H K"], key: Float[Array, "B S G K"]
 ) -> Float[Array, "B H T S"]:
-    """The weights that `attend` would use, for looking at."""
+    """The weights of plain attention, without a mask, for looking at."""
     return jax.nn.softmax(_scores(query, key, query.shape[-1] ** -0.5), axis=-1)
 
 

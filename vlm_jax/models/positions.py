@@ -16,13 +16,13 @@ class View(NamedTuple):
     Attributes:
       mask: True where a query may look.
       sin, cos: of the rotary angles of queries, and of the keys made with them; or None.
-      bias: added to scores, or None.
+      distance: of queries from keys, for linear biases; or None.
     """
 
     mask: Bool[Array, "B 1 T S"]
     sin: Float[Array, "B T 1 R"] | None
     cos: Float[Array, "B T 1 R"] | None
-    bias: Float[Array, "B H T S"] | None
+    distance: Float[Array, "B 1 T S"] | None
 
 
 def view(
@@ -37,20 +37,21 @@ def view(
     Args:
       decoder: its position fields are read.
       layer: "global" or "local".
-      mask: where a query may look but for a window.
+      mask: where a query may look but for a window, which holds within blocks too (Gemma 3).
       positions: of the queries, counted within each document.
       key_positions: of all keys that `mask` speaks of.
     """
     back = positions[:, None, :, None] - key_positions[:, None, None, :]
     if layer == "local" and decoder.window:
         mask = mask & (back < decoder.window)
-    sin = cos = bias = None
+    sin = cos = distance = None
     if decoder.position == "rotary":
         angles = positions[..., None, None].astype(jnp.float32) * frequencies(decoder, layer)
         sin, cos = jnp.sin(angles), jnp.cos(angles)
     if decoder.position == "alibi":
-        bias = -slopes(decoder.heads)[:, None, None] * back.astype(jnp.float32)
-    return View(mask, sin, cos, bias)
+        # Both ways alike within a block, as in MPT's prefix models.
+        distance = jnp.abs(back).astype(jnp.float32)
+    return View(mask, sin, cos, distance)
 
 
 def frequencies(decoder: Decoder, layer: str) -> Float[np.ndarray, " R"]:
@@ -61,10 +62,10 @@ def frequencies(decoder: Decoder, layer: str) -> Float[np.ndarray, " R"]:
         theta, scaled = decoder.local_theta, False
     plain = theta ** (-np.arange(half, dtype=np.float32) / np.float32(half))
     if not scaled or decoder.rope_factor == 1:
-        return plain.astype(np.float32)
-    slow = plain / decoder.rope_factor
+        return plain
+    slow = plain / np.float32(decoder.rope_factor)
     if not decoder.rope_original:
-        return slow.astype(np.float32)
+        return slow
     # Llama 3.1 (its model card's code): frequencies that turn often within the original context
     # stay, those that hardly turn are divided, and what lies between is blended.
     turns = decoder.rope_original * plain / (2 * math.pi)

@@ -1,7 +1,6 @@
 """Decoder language models as rows of fields: every difference between two families is a field."""
 
 import dataclasses
-import math
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +19,8 @@ class Decoder:
       activation, gated: of the feed-forward part.
       qkv_bias, out_bias, mlp_bias: which linear maps have biases.
       qk_norm: whether queries and keys are normed per head (Qwen3, Gemma 3).
-      query_scale: what scores are divided by the root of; 0 = head_dim (Gemma 2 and 3 differ).
+      query_scale: what scores are divided by the root of; 0 = head_dim (the 27B Gemmas
+        differ).
       attention_cap, logit_cap: c of c * tanh(x / c) on scores and logits; 0 = none (Gemma 2).
       position: "rotary", "learned" (OPT) or "alibi" (MPT).
       positions: rows of the learned table.
@@ -34,7 +34,7 @@ class Decoder:
       pattern: "global" or "local" for each layer, over and over.
       local_theta: `rope_theta` of local layers, which are never scaled; 0 = as global ones (Gemma 3
         differs).
-      embed_scale: factor on embeddings of tokens (Gemma: the root of the width).
+      embed_root: whether embeddings of tokens are multiplied by the root of the width (Gemma).
       tied: whether the output matrix is the embedding table.
       dropout: on the output of each residual branch and on embeddings.
       dtype, remat: as for an encoder.
@@ -72,7 +72,7 @@ class Decoder:
     window: int = 0
     pattern: tuple[str, ...] = ("global",)
     local_theta: float = 0.0
-    embed_scale: float = 1.0
+    embed_root: bool = False
     tied: bool = False
     dropout: float = 0.0
     dtype: str = "bfloat16"
@@ -84,10 +84,10 @@ class Decoder:
         return tuple(self.pattern[i % len(self.pattern)] for i in range(self.depth))
 
 
-def _llama3(*sizes: int, factor: float = 1.0) -> Decoder:
+def _llama3(*sizes: int, factor: float = 1.0, tied: bool = False) -> Decoder:
     """Sizes with Llama 3's rotary frequencies; above factor 1 scaled as in 3.1 and 3.2."""
     scaled = {"rope_factor": factor, "rope_original": 8192} if factor > 1 else {}
-    return Decoder(*sizes, rope_theta=500_000.0, tied=factor == 32, **scaled)
+    return Decoder(*sizes, rope_theta=500_000.0, tied=tied, **scaled)
 
 
 def _qwen2(*sizes: int, tied: bool) -> Decoder:
@@ -104,17 +104,16 @@ def _gemma(*sizes: int, **fields) -> Decoder:
         norm="rms_plus_one",
         norm_eps=1e-6,
         activation="gelu_tanh",
-        embed_scale=math.sqrt(sizes[1]),
+        embed_root=True,
         tied=True,
         **fields,
     )
 
 
-def _gemma2(*sizes: int, query_scale: float) -> Decoder:
+def _gemma2(*sizes: int) -> Decoder:
     return _gemma(
         *sizes,
         post_norms=True,
-        query_scale=query_scale,
         attention_cap=50.0,
         logit_cap=30.0,
         window=4096,
@@ -122,12 +121,11 @@ def _gemma2(*sizes: int, query_scale: float) -> Decoder:
     )
 
 
-def _gemma3(*sizes: int, query_scale: float, window: int, factor: float) -> Decoder:
+def _gemma3(*sizes: int, window: int, factor: float) -> Decoder:
     return _gemma(
         *sizes,
         post_norms=True,
         qk_norm=True,
-        query_scale=query_scale,
         rope_theta=1e6,
         rope_factor=factor,
         window=window,
@@ -210,8 +208,8 @@ SIZES = {
     "llama2-13b": Decoder(32_000, 5120, 40, 13_824, 40, 40, 128),
     "llama3-8b": _llama3(128_256, 4096, 32, 14_336, 32, 8, 128),
     "llama3.1-8b": _llama3(128_256, 4096, 32, 14_336, 32, 8, 128, factor=8.0),
-    "llama3.2-1b": _llama3(128_256, 2048, 16, 8192, 32, 8, 64, factor=32.0),
-    "llama3.2-3b": _llama3(128_256, 3072, 28, 8192, 24, 8, 128, factor=32.0),
+    "llama3.2-1b": _llama3(128_256, 2048, 16, 8192, 32, 8, 64, factor=32.0, tied=True),
+    "llama3.2-3b": _llama3(128_256, 3072, 28, 8192, 24, 8, 128, factor=32.0, tied=True),
     "mistral-7b": Decoder(
         32_000, 4096, 32, 14_336, 32, 8, 128, window=4096, pattern=("local",)
     ),  # v0.1: later versions have no window
@@ -220,14 +218,10 @@ SIZES = {
     "qwen3-0.6b": _qwen3(151_936, 1024, 28, 3072, 16, 8, 128, tied=True),
     "qwen3-8b": _qwen3(151_936, 4096, 36, 12_288, 32, 8, 128, tied=False),
     "gemma-2b": _gemma(256_000, 2048, 18, 16_384, 8, 1, 256),
-    "gemma2-2b": _gemma2(256_000, 2304, 26, 9216, 8, 4, 256, query_scale=256.0),
-    "gemma2-9b": _gemma2(256_000, 3584, 42, 14_336, 16, 8, 256, query_scale=256.0),
-    "gemma3-1b": _gemma3(
-        262_144, 1152, 26, 6912, 4, 1, 256, query_scale=256.0, window=512, factor=1.0
-    ),
-    "gemma3-4b": _gemma3(
-        262_208, 2560, 34, 10_240, 8, 4, 256, query_scale=256.0, window=1024, factor=8.0
-    ),
+    "gemma2-2b": _gemma2(256_000, 2304, 26, 9216, 8, 4, 256),
+    "gemma2-9b": _gemma2(256_000, 3584, 42, 14_336, 16, 8, 256),
+    "gemma3-1b": _gemma3(262_144, 1152, 26, 6912, 4, 1, 256, window=512, factor=1.0),
+    "gemma3-4b": _gemma3(262_208, 2560, 34, 10_240, 8, 4, 256, window=1024, factor=8.0),
     "opt-2.7b": _opt(2560, 32, 32),
     "opt-6.7b": _opt(4096, 32, 32),
     "mpt-7b": _mpt(4096, 32, 32),

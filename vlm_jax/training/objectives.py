@@ -13,7 +13,7 @@ from vlm_jax.models.vlm import VLM, target_weights
 
 Sums = dict[str, Array]
 
-HIDDEN = -1e30  # not infinity: an image without any other would give gradients of NaN
+NEVER = -1e30  # not infinity: an image without any other would give gradients of NaN
 
 
 def losses(
@@ -109,7 +109,7 @@ def contrastive(
     there = jnp.any(texts > 0, axis=-1)
     others = there[:, None] & there[None, :] & ~jnp.eye(len(texts), dtype=bool)
     same = others & jnp.all(texts[:, None] == texts[None, :], axis=-1)
-    log_probs = jax.nn.log_softmax(jnp.where(others, similarity, HIDDEN), axis=-1)
+    log_probs = jax.nn.log_softmax(jnp.where(others, similarity, NEVER), axis=-1)
     positives = same.sum(axis=-1)
     per_image = -jnp.sum(jnp.where(same, log_probs, 0.0), axis=-1) / jnp.maximum(positives, 1)
     total, images = jnp.sum(per_image), jnp.sum(positives > 0)
