@@ -18,7 +18,7 @@ PIP := $(BIN)/pip install --quiet --no-compile --disable-pip-version-check --no-
 PYTEST := $(BIN)/python -m pytest -q --durations=15
 WORKDIR ?= runs/tiny
 
-# Large arrays come and go at every step: huge pages spare a CPU a seventh of it (glibc 2.35).
+# Large arrays come and go at every step: huge pages make that cheaper (needs glibc 2.35).
 export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 
 .PHONY: demo emoji test check quick lint format pins clean

@@ -134,63 +134,38 @@ def _gemma3(*sizes: int, window: int, factor: float) -> Decoder:
     )
 
 
-def _opt(width: int, depth: int, heads: int) -> Decoder:
-    return Decoder(
+def _plain(vocab: int, width: int, depth: int, heads: int, **fields) -> Decoder:
+    """The shape of GPT-2's descendants: ungated, as many key/value heads as others, four widths."""
+    sizes = vocab, width, depth, 4 * width, heads, heads, width // heads
+    return Decoder(*sizes, gated=False, **fields)
+
+
+_BIASES = {"qkv_bias": True, "out_bias": True, "mlp_bias": True}
+
+
+def _opt(*sizes: int) -> Decoder:
+    return _plain(
         50_272,
-        width,
-        depth,
-        4 * width,
-        heads,
-        heads,
-        width // heads,
+        *sizes,
         norm="layer",
         activation="relu",
-        gated=False,
-        qkv_bias=True,
-        out_bias=True,
-        mlp_bias=True,
         position="learned",
         positions=2050,
         position_offset=2,
         tied=True,
+        **_BIASES,
     )
 
 
-def _mpt(width: int, depth: int, heads: int) -> Decoder:
-    return Decoder(
-        50_432,
-        width,
-        depth,
-        4 * width,
-        heads,
-        heads,
-        width // heads,
-        norm="layer_unbiased",
-        activation="gelu",
-        gated=False,
-        position="alibi",
-        tied=True,
+def _mpt(*sizes: int) -> Decoder:
+    return _plain(
+        50_432, *sizes, norm="layer_unbiased", activation="gelu", position="alibi", tied=True
     )
 
 
-def _neox(width: int, depth: int, heads: int, share: float, parallel: bool) -> Decoder:
-    return Decoder(
-        50_432,
-        width,
-        depth,
-        4 * width,
-        heads,
-        heads,
-        width // heads,
-        norm="layer",
-        activation="gelu",
-        gated=False,
-        qkv_bias=True,
-        out_bias=True,
-        mlp_bias=True,
-        rope_share=share,
-        parallel=parallel,
-    )
+def _neox(*sizes: int, share: float, parallel: bool) -> Decoder:
+    fields = {"norm": "layer", "activation": "gelu", "rope_share": share, "parallel": parallel}
+    return _plain(50_432, *sizes, **fields, **_BIASES)
 
 
 # Published shapes (each model's config.json) and, below 100M, sizes of our own for small machines.
