@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from vlm_jax import config as configs
-from vlm_jax.data import documents, packing, pipeline, sources
+from vlm_jax.data import documents, packing, sources
+from vlm_jax.data import tokenizer as tokenizers
 from vlm_jax.data.example import Example, ImageRef, Turn
 from vlm_jax.models import params
 from vlm_jax.presets.connectors import Connector
@@ -68,7 +69,7 @@ def examples() -> list[Example]:
 @pytest.mark.parametrize("attention", ["causal", "prefix"])
 def test_packed_rows_give_the_loss_and_gradients_of_their_documents_alone(attention):
     run = config(attention)
-    tokenizer = pipeline.load_tokenizer(run)
+    tokenizer = tokenizers.for_config(run)
     packed = [documents.document(e, run, tokenizer) for e in examples()]
     shape = packing.shape_of(run, tokenizer.pad)
     flat = params.init(run.model, jax.random.key(0))

@@ -117,6 +117,7 @@ def test_text_alone_needs_no_encoder():
 KINDS = {
     "patches, perceiver": MODEL,
     "convolutions, mlp": model("conv", {"kind": "mlp"}, tied=False),
+    **{name: model(**fields) for name, fields in FAMILIES.items()},
 }
 
 
@@ -129,23 +130,28 @@ def test_every_leaf_gets_the_same_finite_gradient_with_and_without_remat(name):
     plain, remat = (
         gradients(change(dropped, remat=remat), flat, batch, key) for remat in (False, True)
     )
-    # A softmax does not feel key biases: their gradients are rounding errors of 0.
+    # A softmax does not feel key biases: their gradients are rounding errors of 0. Others: changing
+    # every weight by half a float32 rounding moves those of normed queries by 7e-5 of the largest.
     largest = max(np.abs(gradient).max() for gradient in plain.values())
     for path, gradient in plain.items():
         assert np.isfinite(gradient).all() and np.any(gradient), path
-        atol = 1e-5 * np.abs(gradient).max() + 1e-6 * largest
+        atol = 1e-4 * np.abs(gradient).max() + 1e-6 * largest
         np.testing.assert_allclose(remat[path], gradient, rtol=1e-3, atol=atol, err_msg=path)
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_bfloat16_stays_within_two_percent_of_float32(name):
+def test_bfloat16_errs_a_few_times_what_rounding_the_weights_alone_does(name):
     model = KINDS[name]
     half = change(model, dtype="bfloat16", remat=True)
     flat = {path: 0.5 * leaf for path, leaf in weights(model).items()}
     batch = lay_out(model, [documents(model.visual_tokens)], 30, slots=3)
     exact, rough = logits(model, flat, batch), logits(half, flat, batch)
     assert rough.dtype == jnp.float32
-    assert np.sqrt(np.mean((exact - rough) ** 2) / np.mean(exact**2)) < 0.02
+    rounded = {path: leaf.astype(jnp.bfloat16).astype(leaf.dtype) for path, leaf in flat.items()}
+    error = lambda found: np.sqrt(np.mean((exact - found) ** 2) / np.mean(exact**2))  # noqa: E731
+    # 1.1 to 2.9 times over these models and four seeds: 0.4 to 0.9 % of the logits, 3.5 % where
+    # heads of four numbers are normed. A part computed in fewer bits would be far above.
+    assert error(rough) < 4 * error(logits(model, rounded, batch)) < 0.1
     if not model.decoder.tied:  # the logits were not rounded to bfloat16 on their way
         assert np.any(np.asarray(rough) != np.asarray(rough.astype(jnp.bfloat16), np.float32))
 

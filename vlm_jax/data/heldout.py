@@ -13,7 +13,8 @@ import numpy as np
 
 from vlm_jax.batch import Batch
 from vlm_jax.config import Config
-from vlm_jax.data import documents, packing, pipeline, sources
+from vlm_jax.data import documents, packing, sources
+from vlm_jax.data import tokenizer as tokenizers
 from vlm_jax.data.example import Example, Image, ImageRef, Turn
 from vlm_jax.data.packing import Info
 from vlm_jax.data.tokenizer import Tokenizer
@@ -61,7 +62,7 @@ def eval_batches(
         examples = shuffle_images(examples)
     if images == "none":
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, images=False))
-    tokenizer = pipeline.load_tokenizer(config)
+    tokenizer = tokenizers.for_config(config)
     rendered = [documents.render(example.turns, config, tokenizer) for example in examples]
     shape = _one_per_row(config, tokenizer, rendered)
     for part in _chunks(examples, shape.rows):
@@ -123,7 +124,7 @@ def prompt_batches(config: Config, prompts: Iterable[Prompt]) -> Iterator[Batch]
     Raises:
       DataError: a picture cannot be used, or a prompt is too long.
     """
-    prompts, tokenizer = list(prompts), pipeline.load_tokenizer(config)
+    prompts, tokenizer = list(prompts), tokenizers.for_config(config)
     rendered = [documents.render(p.turns, config, tokenizer, reply=True) for p in prompts]
     shape = _one_per_row(config, tokenizer, rendered)
     make = functools.partial(documents.prompt_document, config=config, tokenizer=tokenizer)

@@ -47,7 +47,7 @@ class TrainStream:
 
     def __init__(self, config: Config, split: str):
         self._config = config
-        self._tokenizer = load_tokenizer(config)
+        self._tokenizer = tokenizers.for_config(config)
         self._shape = packing.shape_of(config, self._tokenizer.pad)
         opened = {
             name: sources.open_source(name, split, config.seed)
@@ -226,21 +226,6 @@ class _Prefetched:
     def close(self) -> None:
         self._stop.set()
         self._thread.join()
-
-
-def load_tokenizer(config: Config) -> Tokenizer:
-    """The config's tokenizer.
-
-    Raises:
-      ConfigError: it has more ids than the decoder has embeddings, or cannot be read.
-    """
-    tokenizer = tokenizers.load(config.data.tokenizer)
-    if tokenizer.size > config.model.decoder.vocab:
-        raise ConfigError(
-            f"config.model.decoder.vocab is {config.model.decoder.vocab}; the tokenizer "
-            f"{config.data.tokenizer!r} needs at least {tokenizer.size}"
-        )
-    return tokenizer
 
 
 def _stream(config: Config, opened: Mapping[str, sources.Source], tokenizer: Tokenizer):

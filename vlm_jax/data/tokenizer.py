@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import tokenizers
 
+from vlm_jax.config import Config
 from vlm_jax.errors import ConfigError
 
 EMBEDDED = pathlib.Path(__file__).parent / "embedded" / "tokenizer.json"
@@ -93,6 +94,21 @@ def load(name: str) -> Tokenizer:
     except Exception as error:  # the library raises bare Exceptions
         raise ConfigError(f"config.data.tokenizer is {name!r}, not a tokenizer: {error}") from error
     return _wrap(backend, name, hashlib.sha256(data).hexdigest()[:16])
+
+
+def for_config(config: Config) -> Tokenizer:
+    """The config's tokenizer.
+
+    Raises:
+      ConfigError: it has more ids than the decoder has embeddings, or cannot be read.
+    """
+    tokenizer = load(config.data.tokenizer)
+    if tokenizer.size > config.model.decoder.vocab:
+        raise ConfigError(
+            f"config.model.decoder.vocab is {config.model.decoder.vocab}; the tokenizer "
+            f"{config.data.tokenizer!r} needs at least {tokenizer.size}"
+        )
+    return tokenizer
 
 
 def _wrap(backend: tokenizers.Tokenizer, name: str, fingerprint: str) -> Tokenizer:

@@ -13,7 +13,8 @@ from PIL import Image as PilImage
 
 from vlm_jax import config as configs
 from vlm_jax.batch import Batch, Images
-from vlm_jax.data import chat, heldout, pipeline
+from vlm_jax.data import chat, heldout
+from vlm_jax.data import tokenizer as tokenizers
 from vlm_jax.data.example import Example, Image
 from vlm_jax.errors import DataError
 from vlm_jax.evaluation import devices
@@ -38,7 +39,7 @@ class Predictor:
     ):
         self.config, self.params = config, params
         self.vision = vision or Vision(config, params)
-        self.tokenizer = pipeline.load_tokenizer(config)
+        self.tokenizer = tokenizers.for_config(config)
         self._end = chat.end_token(chat.template(config.data.template), self.tokenizer)
 
     def generate(
