@@ -43,7 +43,8 @@ class Batch(NamedTuple):
       image_index: int32 [B, T], which image of the row this token looks at (the last one at or
         before it in its document), -1 = none.
       image_texts: int32 [B, N, S], optional second text per image, 0 = padding.
-      images: what the encoder sees.
+      images: what the encoder sees, or the first of several.
+      extra_images: what each of `model.extra_encoders` sees.
     """
 
     tokens: Array
@@ -55,3 +56,4 @@ class Batch(NamedTuple):
     image_index: Array
     image_texts: Array
     images: Images
+    extra_images: tuple[Images, ...] = ()

@@ -7,7 +7,6 @@ into the typed tree that the rest of the code reads, and refuses what it does no
 
 import dataclasses
 import difflib
-import math
 import types
 import typing
 from collections.abc import Mapping
@@ -23,19 +22,31 @@ from vlm_jax.presets.encoders import Encoder
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """The system: images -> encoder -> connector -> decoder -> text."""
+    """The system: images -> encoder(s) -> connector -> decoder -> text.
 
-    encoder: Encoder
-    connector: Connector
-    decoder: Decoder
+    A tower alone, as weights are published, is a model whose other parts are None.
+
+    Attributes:
+      encoder: the encoder, or the first of several.
+      connector: from the features of all encoders to visual tokens.
+      decoder: the language model.
+      extra_encoders: further encoders that look at the same images.
+    """
+
+    encoder: Encoder | None = None
+    connector: Connector | None = None
+    decoder: Decoder | None = None
+    extra_encoders: tuple[Encoder, ...] = ()
+
+    @property
+    def encoders(self) -> tuple[Encoder, ...]:
+        """All encoders."""
+        return (() if self.encoder is None else (self.encoder,)) + self.extra_encoders
 
     @property
     def visual_tokens(self) -> int:
         """Visual tokens per image, Q."""
-        perceiver = self.connector.kind == "perceiver"
-        if perceiver:
-            return self.connector.queries
-        return 1 if self.encoder.pool == "map" else self.encoder.patches
+        return self.connector.visual_tokens(self.encoder.features[0])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -301,6 +312,10 @@ def _typed(kind: Any, value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(kind):
         return _dataclass(kind, value, path)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if isinstance(kind, types.UnionType) or origin is typing.Union:
+        return _typed(_member(arguments, value, path), value, path)
+    if kind is types.NoneType:
+        return None
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
             raise ConfigError(f"{path} is {value!r}; expected a list")
@@ -315,6 +330,24 @@ def _typed(kind: Any, value: Any, path: str) -> Any:
             raise ConfigError(f"{path} is {value!r}; expected a dict")
         return {str(k): _typed(arguments[1], v, f"{path}.{k}") for k, v in value.items()}
     return _scalar(kind, value, path)
+
+
+def _member(members: tuple, value: Any, path: str) -> Any:
+    """The type of a union that a value is meant for; presets say it in their field `kind`."""
+    if value is None and types.NoneType in members:
+        return types.NoneType
+    presets = [member for member in members if dataclasses.is_dataclass(member)]
+    if isinstance(value, Mapping) and presets:
+        for preset in presets:
+            if value.get("kind", preset.CHOICES["kind"][0]) in preset.CHOICES["kind"]:
+                return preset
+        kinds = [kind for preset in presets for kind in preset.CHOICES["kind"]]
+        raise ConfigError(
+            f"{path}.kind is {value.get('kind')!r}; expected one of {', '.join(kinds)}"
+        )
+    sequence = isinstance(value, (list, tuple))
+    fitting = [m for m in members if (typing.get_origin(m) is tuple) == sequence]
+    return next((m for m in fitting if m is not types.NoneType), members[0])
 
 
 def _dataclass(kind: type, value: Any, path: str) -> Any:
@@ -340,9 +373,7 @@ def _scalar(kind: type, value: Any, path: str) -> Any:
     whole = isinstance(value, int) and not isinstance(value, bool)
     if kind is float and whole:
         return float(value)
-    if isinstance(kind, types.UnionType) or (
-        isinstance(value, kind) and (whole or kind is not int)
-    ):
+    if isinstance(value, kind) and (whole or kind is not int):
         return value
     raise ConfigError(f"{path} is {value!r}; expected {kind.__name__}")
 
@@ -350,10 +381,12 @@ def _scalar(kind: type, value: Any, path: str) -> Any:
 def paths(kind: type = Config, prefix: str = "config") -> list[str]:
     """Dotted paths of all sections and fields, e.g. "config.train.steps"."""
     found = []
-    for name, hint in typing.get_type_hints(kind).items():
-        found.append(f"{prefix}.{name}")
-        if dataclasses.is_dataclass(hint):
-            found += paths(hint, found[-1])
+    for field in dataclasses.fields(kind):
+        hint, path = typing.get_type_hints(kind)[field.name], f"{prefix}.{field.name}"
+        found.append(path)
+        for member in typing.get_args(hint) or (hint,):
+            if dataclasses.is_dataclass(member) and typing.get_origin(hint) is not tuple:
+                found += paths(member, path)
     return found
 
 
@@ -366,21 +399,9 @@ def unknown_key(key: str, known: typing.Iterable[str]) -> str:
 
 
 CHOICES = {
-    "model.encoder.stem": ("patch", "conv"),
-    "model.encoder.position": ("learned", "sincos2d"),
-    "model.encoder.activation": ("gelu_tanh", "gelu"),
-    "model.encoder.pool": ("none", "map"),
-    "model.decoder.norm": ("rms", "rms_plus_one", "layer", "layer_unbiased"),
-    "model.decoder.activation": ("silu", "gelu_tanh", "gelu", "relu"),
-    "model.decoder.position": ("rotary", "learned", "alibi"),
-    "model.connector.kind": ("linear", "mlp", "perceiver"),
     "data.attention": ("causal", "prefix"),
     "train.optimizer": ("adamw", "muon"),
     "data.augment.background": ("white", "random"),
-    **{
-        f"model.{tower}.dtype": ("bfloat16", "float32")
-        for tower in ("encoder", "connector", "decoder")
-    },
 }
 
 
@@ -390,44 +411,10 @@ def check(config: Config) -> None:
         value = config
         for name in path.split("."):
             value = getattr(value, name)
-        if value not in choices:
-            raise ConfigError(f"config.{path} is {value!r}; expected one of {', '.join(choices)}")
-    encoder, decoder, data = config.model.encoder, config.model.decoder, config.data
-    connector = config.model.connector
-    _require(
-        encoder.image_size % encoder.patch == 0,
-        "model.encoder.image_size",
-        encoder.image_size,
-        f"a multiple of the patch size {encoder.patch}",
-    )
-    factor = math.prod(factor for factor, _, _ in encoder.stem_stages)
-    _require(
-        encoder.patch % factor == 0,
-        "model.encoder.stem_stages",
-        encoder.stem_stages,
-        f"factors whose product divides the patch size {encoder.patch}",
-    )
-    _require(
-        encoder.width % encoder.heads == 0,
-        "model.encoder.width",
-        encoder.width,
-        f"a multiple of its {encoder.heads} heads",
-    )
-    if connector.kind == "perceiver":
-        width = connector.width or decoder.width
-        _require(
-            width % connector.heads == 0,
-            "model.connector.heads",
-            connector.heads,
-            f"a divisor of the connector's width {width}",
-        )
-        _require(
-            connector.heads % connector.kv_heads == 0,
-            "model.connector.heads",
-            connector.heads,
-            f"a multiple of its {connector.kv_heads} key/value heads",
-        )
-    _check_decoder(decoder, data.tokens)
+        _require(value in choices, path, value, f"one of {', '.join(choices)}")
+    check_model(config.model, config.data.tokens)
+    data, model = config.data, config.model
+    _require(model.decoder is not None, "model.decoder", None, "a decoder, to train or generate")
     _require(
         any(weight > 0 for weight in data.mixture.values()),
         "data.mixture",
@@ -440,66 +427,54 @@ def check(config: Config) -> None:
         dict(data.mixture),
         "weights of at least 0",
     )
+    square = model.encoder is None or len(set(model.encoder.size)) == 1
+    _require(
+        square or data.augment == Augment(),
+        "data.augment",
+        data.augment,
+        "none of it for images that are no squares",
+    )
     _require(data.views >= 1, "data.views", data.views, "at least 1")
     temperature = config.train.temperature
     _require(temperature > 0, "train.temperature", temperature, "more than 0")
     for rule in config.adaptation:
         _require(rule.mode in ("full", "frozen"), "adaptation", rule.mode, "full or frozen")
     if data.images:
+        _require(model.encoder is not None, "model.encoder", None, "an encoder, with data.images")
         _require(
-            config.model.visual_tokens < data.tokens,
+            model.visual_tokens < data.tokens,
             "data.tokens",
             data.tokens,
-            f"room for an image's {config.model.visual_tokens} visual tokens and text",
+            f"room for an image's {model.visual_tokens} visual tokens and text",
         )
 
 
-def _check_decoder(decoder: Decoder, longest: int) -> None:
-    """Raises ConfigError where a decoder's fields contradict each other or a longest document."""
-    _require(
-        decoder.heads % decoder.kv_heads == 0,
-        "model.decoder.heads",
-        decoder.heads,
-        f"a multiple of its {decoder.kv_heads} key/value heads",
-    )
-    rotated = decoder.head_dim * decoder.rope_share
-    _require(
-        decoder.position != "rotary" or (0 < rotated <= decoder.head_dim and rotated % 2 == 0),
-        "model.decoder.rope_share",
-        decoder.rope_share,
-        f"a share of head_dim {decoder.head_dim} that is an even number, for rotary positions",
-    )
-    _require(
-        decoder.position != "learned" or decoder.positions - decoder.position_offset >= longest,
-        "model.decoder.positions",
-        decoder.positions,
-        f"at least {decoder.position_offset} more than the {longest} of data.tokens",
-    )
-    _require(
-        bool(decoder.pattern) and set(decoder.pattern) <= {"global", "local"},
-        "model.decoder.pattern",
-        decoder.pattern,
-        "global and local, at least one of them",
-    )
-    local = "local" in decoder.pattern
-    _require(
-        local == (decoder.window > 0),
-        "model.decoder.window",
-        decoder.window,
-        "at least 1 where the pattern has local layers, else 0",
-    )
-    _require(
-        local or not decoder.local_theta,
-        "model.decoder.local_theta",
-        decoder.local_theta,
-        "0 where the pattern has no local layers",
-    )
-    _require(
-        decoder.rope_low < decoder.rope_high,
-        "model.decoder.rope_low",
-        decoder.rope_low,
-        f"less than rope_high {decoder.rope_high}",
-    )
+def check_model(model: Model, longest: int = 0) -> None:
+    """Raises ConfigError where a model's presets contradict each other.
+
+    Args:
+      model: any of its towers may be absent.
+      longest: text positions that the decoder must have room for.
+    """
+    for i, encoder in enumerate(model.encoders):
+        path = f"model.extra_encoders[{i - 1}]" if i else "model.encoder"
+        _check_preset(encoder, path, encoder.problems())
+    if model.connector is not None:
+        _require(model.encoder is not None, "model.encoder", None, "what the connector looks at")
+        _require(model.decoder is not None, "model.decoder", None, "what the connector speaks to")
+        problems = model.connector.problems(model.decoder.width)
+        _check_preset(model.connector, "model.connector", problems)
+    if model.decoder is not None:
+        _check_preset(model.decoder, "model.decoder", model.decoder.problems(longest))
+
+
+def _check_preset(preset: Any, path: str, problems: typing.Iterable[tuple[str, str]]) -> None:
+    """Raises ConfigError where a preset's field is none of its choices, or contradicts others."""
+    for field, choices in preset.CHOICES.items():
+        value = getattr(preset, field)
+        _require(value in choices, f"{path}.{field}", value, f"one of {', '.join(choices)}")
+    for field, expected in problems:
+        _require(False, f"{path}.{field}", getattr(preset, field), expected)
 
 
 def _require(holds: bool, path: str, value: Any, expected: str) -> None:

@@ -2,15 +2,16 @@
 
 import hashlib
 
+import jax
+
 from vlm_jax.batch import Batch
 
 
 def digest(batch: Batch) -> str:
     """A hash of every byte of a batch."""
     state = hashlib.sha256()
-    for array in (*batch[:-1], *batch.images):
-        if array is not None:
-            state.update(repr((array.shape, array.dtype)).encode() + array.tobytes())
+    for array in jax.tree.leaves(batch):
+        state.update(repr((array.shape, array.dtype)).encode() + array.tobytes())
     return state.hexdigest()
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from vlm_jax.batch import Images
 from vlm_jax.config import Model
 from vlm_jax.models import params
+from vlm_jax.models.layers import Features
 from vlm_jax.presets.connectors import Connector
 from vlm_jax.presets.decoders import Decoder
 from vlm_jax.presets.encoders import Encoder
@@ -417,11 +418,11 @@ def _logits(vlm, tokens):
 def _features(vlm, pixels):
     encoder = vlm.encoder.encoder
     grids = np.full((len(pixels), 1, 2), encoder.grid, np.int32)
-    return vlm.encoder(Images(grids, patches=patchify(pixels, encoder.patch)))
+    return vlm.encoder(Images(grids, patches=patchify(pixels, encoder.patch))).x
 
 
 def _tokens(vlm, features):
-    return vlm.connector(jnp.asarray(features))
+    return vlm.connector((Features(jnp.asarray(features)),))
 
 
 def patchify(pixels: np.ndarray, patch: int) -> np.ndarray:

@@ -236,11 +236,11 @@ def test_gather_moves_squares_into_channels():
 
 
 def test_sincos_positions_are_those_of_moco_v3():
-    found = np.asarray(sincos2d(3, 16))
-    for row in range(3):
+    found = np.asarray(sincos2d((2, 3), 16))
+    for row in range(2):
         for column in range(3):
             rates = [10_000 ** (-i / 3) for i in range(4)]
             wanted = [f(p * r) for p in (column, row) for f in (np.sin, np.cos) for r in rates]
             np.testing.assert_allclose(found[3 * row + column], wanted, rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="multiple of 4, not 10"):
-        sincos2d(3, 10)
+        sincos2d((3, 3), 10)

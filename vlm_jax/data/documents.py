@@ -72,8 +72,7 @@ def document(
             image = _at(example.images, span.index)
             pixels.append(images.fit(images.decode(image), config.model.encoder, augment, rng))
         except images.BadImage as bad:
-            side = config.model.encoder.image_size
-            pixels.append(np.zeros((side, side, 3), np.float32))
+            pixels.append(np.zeros((*config.model.encoder.size, 3), np.float32))
             rejects.append(bad.reason)
     return _build(example, rendered, config, tokenizer, pixels, tuple(rejects))
 
@@ -143,7 +142,7 @@ def _build(
     pixels: Sequence[np.ndarray],
     rejects: tuple[str, ...],
 ) -> Document:
-    side, size = config.model.encoder.image_size, config.data.text_tokens
+    size = config.data.text_tokens
     visual_index, image_index = _indices(rendered, config.model.visual_tokens)
     texts = np.zeros((len(rendered.image_spans), size), np.int32)
     for row, span in zip(texts, rendered.image_spans, strict=True):
@@ -159,7 +158,9 @@ def _build(
         blocks=_blocks(weights, config.data.attention),
         visual_index=visual_index,
         image_index=image_index,
-        pixels=np.stack(pixels) if len(pixels) else np.zeros((0, side, side, 3), np.float32),
+        pixels=np.stack(pixels)
+        if len(pixels)
+        else np.zeros((0, *config.model.encoder.size, 3), np.float32),
         texts=texts,
         rejects=rejects,
     )

@@ -128,7 +128,7 @@ def fit(
     augment: Augment | None = None,
     rng: np.random.Generator | None = None,
 ) -> Float[np.ndarray, "H W 3"]:
-    """Pixels as the encoder sees them: squashed to its square, on a background, normalised.
+    """Pixels as the encoder sees them: squashed to its size, on a background, normalised.
 
     Args:
       rgba: a decoded picture.
@@ -136,18 +136,18 @@ def fit(
       augment: random changes; None (evaluation) composites on white and changes nothing.
       rng: where the changes are drawn from; needed with `augment`.
     """
-    size = encoder.image_size
+    height, width = encoder.size
     image = Image.fromarray(np.ascontiguousarray(rgba)).convert("RGBa")
-    if image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=3.0)
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
     if augment is None:
         rgb = _composite(image, np.eye(4, 3, dtype=np.float32), np.ones(3, np.float32))
     else:
         rgb = _augmented(image, augment, rng)
     np.clip(rgb, 0.0, 1.0, out=rgb)
-    rgb -= _row(encoder.mean, size)
-    rgb /= _row(encoder.std, size)
-    return rgb.reshape(size, size, 3)
+    rgb -= _row(encoder.mean, width)
+    rgb /= _row(encoder.std, width)
+    return rgb.reshape(height, width, 3)
 
 
 # Pictures are worked on as rows of interleaved colours: numpy is several times faster on rows
@@ -169,16 +169,16 @@ def _composite(image: Image.Image, colour, background) -> Float[np.ndarray, "H r
       colour: [4, 3].
       background: [3], or [H, row].
     """
-    size = image.size[0]
+    width, height = image.size
     pixels = np.frombuffer(image.tobytes(), np.uint8).reshape(-1, 4).astype(np.float32)
     weights = colour / np.float32(255)
     if background.ndim == 1:
         weights[3] -= background / np.float32(255)
-        rgb = (pixels @ weights).reshape(size, -1)
-        rgb += _row(background, size)
+        rgb = (pixels @ weights).reshape(height, -1)
+        rgb += _row(background, width)
         return rgb
     clear = np.float32(1) - pixels[:, 3] / np.float32(255)
-    return (pixels @ weights).reshape(size, -1) + clear.repeat(3).reshape(size, -1) * background
+    return (pixels @ weights).reshape(height, -1) + clear.repeat(3).reshape(height, -1) * background
 
 
 def _augmented(

@@ -140,17 +140,15 @@ def _no_images(shape: Shape) -> Images:
     encoder = shape.encoder
     slots = (shape.rows, shape.images)
     grids = np.zeros((*slots, 2), np.int32)
-    if encoder.stem == "conv":
-        side = encoder.image_size
-        return Images(grids, pixels=np.zeros((*slots, side, side, 3), np.float32))
+    if encoder.reads == "pixels":
+        return Images(grids, pixels=np.zeros((*slots, *encoder.size, 3), np.float32))
     patches = shape.images * encoder.patches
     # Every slot owns the same patches in every row; empty ones keep image -1.
-    line = np.arange(encoder.grid, dtype=np.int32)
-    square = np.stack(np.meshgrid(line, line, indexing="ij"), axis=-1).reshape(-1, 2)
+    places = np.indices(encoder.grid, dtype=np.int32).reshape(2, -1).T
     return Images(
         grids,
         patches=np.zeros((shape.rows, patches, encoder.patch**2 * 3), np.float32),
-        patch_positions=np.tile(square, (shape.rows, shape.images, 1)),
+        patch_positions=np.tile(places, (shape.rows, shape.images, 1)),
         patch_images=np.full((shape.rows, patches), -1, np.int32),
     )
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vlm_jax.batch import Batch
-from vlm_jax.config import Config
+from vlm_jax.config import Config, plain
 from vlm_jax.data import documents, order, packing, sources
 from vlm_jax.data import tokenizer as tokenizers
 from vlm_jax.data.documents import Document
@@ -278,7 +278,7 @@ def _fingerprint(
         "tokens": data.tokens,
         "images_per_row": data.images_per_row,
         "visual_tokens": config.model.visual_tokens,
-        "image_size": config.model.encoder.image_size,
+        "image_size": plain(config.model.encoder)["image_size"],
         "pool": data.pool,
         "views": data.views,
         **order.fingerprint(opened, data.views),

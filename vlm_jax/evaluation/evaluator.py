@@ -225,7 +225,7 @@ class Evaluator:
                     "answer": answers[i],
                     "reference": references[i],
                     "right": bool(rights[i]),
-                    "grid": [grid, grid],
+                    "grid": list(grid),
                     "maps": np.round(maps[i], 5).tolist(),
                 }
             )

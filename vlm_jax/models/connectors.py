@@ -1,4 +1,7 @@
-"""Connectors: patch features of an image to its visual tokens of the decoder's width.
+"""Connectors: features of an image to its visual tokens of the decoder's width.
+
+Called with what each encoder saw, the second text of each image `Int[n S]` (0 = padding) or None,
+and dropout's key or None; the result is `Float[n Q D]`.
 
 n counts images, P patches, Q visual tokens, E the encoder's width, D the decoder's.
 """
@@ -12,6 +15,7 @@ from jaxtyping import Array, Float
 
 from vlm_jax.models.layers import (
     Attention,
+    Features,
     Linear,
     Mlp,
     RMSNorm,
@@ -27,16 +31,16 @@ from vlm_jax.presets.connectors import Connector
 class Projector(nnx.Module):
     """Linear layers with GELU between them (LLaVA-1.5's has two); one visual token per patch."""
 
-    def __init__(self, connector: Connector, features: int, width: int, rngs: nnx.Rngs):
+    def __init__(self, connector: Connector, widths: tuple, width: int, rngs: nnx.Rngs):
         self.connector = connector
         layers = 1 if connector.kind == "linear" else connector.layers
-        sizes = [features, *[connector.hidden or width] * (layers - 1), width]
+        sizes = [widths[0], *[connector.hidden or width] * (layers - 1), width]
         self.layers = nnx.List(
             [Linear((i,), (o,), bias=True, rngs=rngs) for i, o in itertools.pairwise(sizes)]
         )
 
-    def __call__(self, x: Float[Array, "n P E"], key: Array | None = None):
-        x = self.layers[0](x.astype(self.connector.dtype))
+    def __call__(self, seen: tuple[Features, ...], texts=None, key: Array | None = None):
+        x = self.layers[0](seen[0].x.astype(self.connector.dtype))
         for layer in self.layers[1:]:
             x = layer(jax.nn.gelu(x, approximate=False))
         return drop(x, self.connector.dropout, key)
@@ -73,10 +77,10 @@ class PerceiverBlock(nnx.Module):
 class Perceiver(nnx.Module):
     """Perceiver resampler: learned queries pool any number of patches to Q visual tokens."""
 
-    def __init__(self, connector: Connector, features: int, width: int, rngs: nnx.Rngs):
+    def __init__(self, connector: Connector, widths: tuple, width: int, rngs: nnx.Rngs):
         self.connector = connector
         inner = connector.width or width
-        self.embed = Linear((features,), (inner,), bias=False, rngs=rngs)
+        self.embed = Linear((widths[0],), (inner,), bias=False, rngs=rngs)
         # Unit scale: the block's norm would undo any other, and ones (Idefics2) start all alike.
         self.queries = nnx.Param(jax.random.normal(rngs(), (connector.queries, inner)))
         make = lambda rngs: PerceiverBlock(connector, inner, rngs)  # noqa: E731
@@ -85,8 +89,8 @@ class Perceiver(nnx.Module):
         wider = inner != width
         self.project = Linear((inner,), (width,), bias=False, rngs=rngs) if wider else None
 
-    def __call__(self, x: Float[Array, "n P E"], key: Array | None = None):
-        latents, context = self._start(x)
+    def __call__(self, seen: tuple[Features, ...], texts=None, key: Array | None = None):
+        latents, context = self._start(seen[0].x)
 
         def apply(block, latents, _, key):
             return block(latents, context), None
@@ -96,16 +100,16 @@ class Perceiver(nnx.Module):
         y = y if self.project is None else self.project(y)
         return drop(y, self.connector.dropout, key)
 
-    def attention_maps(self, x: Float[Array, "n P E"]) -> Float[Array, "n Q P"]:
+    def attention_maps(self, seen: tuple[Features, ...]) -> Float[Array, "n Q P"]:
         """Where each query of the last block looks: mean over heads, patches only, sums to <= 1."""
-        latents, context = self._start(x)
+        latents, context = self._start(seen[0].x)
 
         def apply(block, latents, _, key):
             query, keys, _ = block.project(latents, context)
             return block(latents, context), attention_weights(query, keys).mean(axis=1)
 
         _, weights = self.stack(apply, latents)
-        return weights[-1, :, :, : x.shape[1]]
+        return weights[-1, :, :, : seen[0].x.shape[1]]
 
     def _start(self, x: Float[Array, "n P E"]):
         context = self.embed(x.astype(self.connector.dtype))

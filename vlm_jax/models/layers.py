@@ -6,6 +6,7 @@ Axes: D width, F feed-forward width, H heads, G key/value heads, K head dimensio
 import functools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,18 @@ ACTIVATIONS = {
     "silu": jax.nn.silu,
     "relu": jax.nn.relu,
 }
+
+
+class Features(NamedTuple):
+    """What an encoder makes of images.
+
+    Attributes:
+      x: features, row by row where they form a grid.
+      mask: True where there is one; None where all of them are.
+    """
+
+    x: Float[Array, "n P E"]
+    mask: Bool[Array, "n P"] | None = None
 
 
 class Linear(nnx.Module):

@@ -26,9 +26,9 @@ AXES = (
     (r"decoder/embedding", ("vocab", "embed")),
     (r"decoder/output/kernel", ("embed", "vocab")),
     (r".*/(embed|project|layers/\d+|out)/kernel", (None, "embed")),
-    (r"(encoder|decoder)/positions", (None, "embed")),
+    (r"(encoder|extra_encoders/\d+|decoder)/positions", (None, "embed")),
     (r"connector/queries", (None, "embed")),
-    (r"encoder/stem/.*/conv", (None, None, None, "embed")),
+    (r".*/stem/.*/conv", (None, None, None, "embed")),
     (r".*/(scale|bias|probe)", (None,)),
 )
 

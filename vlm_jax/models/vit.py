@@ -12,7 +12,16 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from vlm_jax.batch import Images
-from vlm_jax.models.layers import ACTIVATIONS, Attention, LayerNorm, Linear, Mlp, Stack, drop
+from vlm_jax.models.layers import (
+    ACTIVATIONS,
+    Attention,
+    Features,
+    LayerNorm,
+    Linear,
+    Mlp,
+    Stack,
+    drop,
+)
 from vlm_jax.parallel.sharding import constrain
 from vlm_jax.presets.encoders import Encoder
 
@@ -139,7 +148,7 @@ class MapHead(nnx.Module):
 
 
 class Vit(nnx.Module):
-    """Images to features: `[n, P, D]`, or `[n, 1, D]` when pooled."""
+    """Images to features, one per patch, or one in all when pooled."""
 
     def __init__(self, encoder: Encoder, rngs: nnx.Rngs):
         self.encoder = encoder
@@ -152,7 +161,7 @@ class Vit(nnx.Module):
         self.norm = LayerNorm(encoder.width, encoder.norm_eps) if encoder.final_norm else None
         self.head = MapHead(encoder, rngs) if encoder.pool == "map" else None
 
-    def __call__(self, images: Images, key: Array | None = None) -> Float[Array, "n P D"]:
+    def __call__(self, images: Images, key: Array | None = None) -> Features:
         encoder = self.encoder
         x = self.stem(images, encoder)
         x = constrain(x + self._positions().astype(x.dtype), "batch", None, None)
@@ -164,7 +173,7 @@ class Vit(nnx.Module):
 
         x, _ = self.stack(apply, x, per_layer=rates, key=key)
         x = x if self.norm is None else self.norm(x)
-        return x if self.head is None else self.head(x)
+        return Features(x if self.head is None else self.head(x))
 
     def _positions(self) -> Float[Array, "P D"]:
         if self.positions is not None:
@@ -172,15 +181,17 @@ class Vit(nnx.Module):
         return sincos2d(self.encoder.grid, self.encoder.width)
 
 
-def sincos2d(grid: int, width: int, temperature: float = 10_000.0) -> Float[Array, "P D"]:
-    """Fixed positions of a square grid: sines and cosines of column, then row (MoCo-v3).
+def sincos2d(
+    grid: tuple[int, int], width: int, temperature: float = 10_000.0
+) -> Float[Array, "P D"]:
+    """Fixed positions of a grid: sines and cosines of column, then row (MoCo-v3).
 
     Raises:
       ValueError: `width` is not a multiple of 4.
     """
     if width % 4:
         raise ValueError(f"sincos2d positions need a width that is a multiple of 4, not {width}")
-    rows, columns = jnp.mgrid[:grid, :grid]
+    rows, columns = jnp.mgrid[: grid[0], : grid[1]]
     frequencies = temperature ** (-jnp.arange(width // 4) / (width // 4 - 1))
     x = columns.reshape(-1, 1) * frequencies
     y = rows.reshape(-1, 1) * frequencies

@@ -3,34 +3,62 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.batch import Batch, Images
 from vlm_jax.models.connectors import CONNECTORS
 from vlm_jax.models.decoder import LanguageModel
+from vlm_jax.models.layers import Features
 from vlm_jax.models.vit import Vit
+
+# Encoders by the kind that presets name.
+ENCODERS = {"vit": Vit}
 
 
 class VLM(nnx.Module):
-    """An encoder, a connector and a decoder with autoregressive fusion.
+    """Encoders, a connector and a decoder with autoregressive fusion; each may be absent.
 
     Args:
-      model: a `config.Model`, of which only the three presets are read.
+      model: a `config.Model`.
       rngs: where initial parameters are drawn from.
     """
 
     def __init__(self, model, rngs: nnx.Rngs):
-        connector = model.connector
-        self.encoder = Vit(model.encoder, rngs)
-        make = CONNECTORS[connector.kind]
-        self.connector = make(connector, model.encoder.width, model.decoder.width, rngs)
-        self.decoder = LanguageModel(model.decoder, rngs)
+        encoders = [ENCODERS[encoder.kind](encoder, rngs) for encoder in model.encoders]
+        self.encoder = encoders[0] if encoders else None
+        self.extra_encoders = nnx.List(encoders[1:])
+        self.connector = None if model.connector is None else _connector(model, rngs)
+        self.decoder = None if model.decoder is None else LanguageModel(model.decoder, rngs)
 
-    def visual(self, images: Images, dropout: Array | None = None) -> Float[Array, "B N Q D"]:
-        """Visual tokens of every image slot; what an empty slot holds is never looked at."""
+    def features(
+        self, images: tuple[Images, ...], dropout: Array | None = None
+    ) -> tuple[Features, ...]:
+        """What each encoder sees in its images."""
+        encoders = (self.encoder, *self.extra_encoders)
+        keys = (
+            (None,) * len(encoders) if dropout is None else jax.random.split(dropout, len(encoders))
+        )
+        return tuple(e(seen, key) for e, seen, key in zip(encoders, images, keys, strict=True))
+
+    def visual(
+        self,
+        images: Images | tuple[Images, ...],
+        dropout: Array | None = None,
+        texts: Int[Array, "B N S"] | None = None,
+    ) -> Float[Array, "B N Q D"]:
+        """Visual tokens of every image slot; what an empty slot holds is never looked at.
+
+        Args:
+          images: as each encoder takes them, a tuple where there are several.
+          dropout: its key; None = evaluation.
+          texts: second texts of images, for connectors that read them.
+        """
         keys = (None, None) if dropout is None else jax.random.split(dropout)
-        visual = self.connector(self.encoder(images, keys[0]), keys[1])
-        return visual.reshape(*images.grids.shape[:2], *visual.shape[1:])
+        images = (images,) if isinstance(images, Images) else images
+        slots = images[0].grids.shape[:2]
+        texts = None if texts is None else texts.reshape(-1, texts.shape[-1])
+        visual = self.connector(self.features(images, keys[0]), texts, keys[1])
+        return visual.reshape(*slots, *visual.shape[1:])
 
     def hidden(
         self, batch: Batch, visual: Float[Array, "B N Q D"] | None, dropout: Array | None = None
@@ -56,8 +84,13 @@ class VLM(nnx.Module):
 
     def attention_maps(self, images: Images) -> Float[Array, "B N Q P"]:
         """Where each visual token of a Perceiver looks; see `Perceiver.attention_maps`."""
-        maps = self.connector.attention_maps(self.encoder(images))
+        maps = self.connector.attention_maps(self.features((images,)))
         return maps.reshape(*images.grids.shape[:2], *maps.shape[1:])
+
+
+def _connector(model, rngs: nnx.Rngs) -> nnx.Module:
+    widths = tuple(encoder.features[1] for encoder in model.encoders)
+    return CONNECTORS[model.connector.kind](model.connector, widths, model.decoder.width, rngs)
 
 
 def attention_mask(batch: Batch) -> Bool[Array, "B 1 T T"]:

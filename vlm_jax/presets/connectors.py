@@ -1,6 +1,8 @@
 """Connectors as rows of fields: from patch features to visual tokens of the decoder's width."""
 
 import dataclasses
+from collections.abc import Iterator
+from typing import ClassVar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,3 +33,21 @@ class Connector:
     dropout: float = 0.0
     dtype: str = "bfloat16"
     remat: bool = False
+
+    CHOICES: ClassVar = {
+        "kind": ("linear", "mlp", "perceiver"),
+        "dtype": ("bfloat16", "float32"),
+    }
+
+    def visual_tokens(self, features: int) -> int:
+        """Visual tokens of an image that gives so many features, Q."""
+        return self.queries if self.kind == "perceiver" else features
+
+    def problems(self, width: int) -> Iterator[tuple[str, str]]:
+        """Fields that contradict others or the decoder's width, each with what was expected."""
+        if self.kind == "perceiver":
+            width = self.width or width
+            if width % self.heads:
+                yield "heads", f"a divisor of the connector's width {width}"
+            if self.heads % self.kv_heads:
+                yield "heads", f"a multiple of its {self.kv_heads} key/value heads"

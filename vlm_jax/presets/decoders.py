@@ -1,6 +1,8 @@
 """Decoder language models as rows of fields: every difference between two families is a field."""
 
 import dataclasses
+from collections.abc import Iterator
+from typing import ClassVar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,11 +79,45 @@ class Decoder:
     dropout: float = 0.0
     dtype: str = "bfloat16"
     remat: bool = True
+    kind: str = "transformer"
+
+    CHOICES: ClassVar = {
+        "kind": ("transformer",),
+        "norm": ("rms", "rms_plus_one", "layer", "layer_unbiased"),
+        "activation": ("silu", "gelu_tanh", "gelu", "relu"),
+        "position": ("rotary", "learned", "alibi"),
+        "dtype": ("bfloat16", "float32"),
+    }
 
     @property
     def layers(self) -> tuple[str, ...]:
         """ "global" or "local" for each layer."""
         return tuple(self.pattern[i % len(self.pattern)] for i in range(self.depth))
+
+    def problems(self, longest: int) -> Iterator[tuple[str, str]]:
+        """Fields that contradict others or the longest document, each with what was expected."""
+        if self.heads % self.kv_heads:
+            yield "heads", f"a multiple of its {self.kv_heads} key/value heads"
+        rotated = self.head_dim * self.rope_share
+        if self.position == "rotary" and (not 0 < rotated <= self.head_dim or rotated % 2):
+            yield (
+                "rope_share",
+                f"a share of head_dim {self.head_dim} that is an even number, for rotary positions",
+            )
+        if self.position == "learned" and self.positions - self.position_offset < longest:
+            yield (
+                "positions",
+                f"at least {self.position_offset} more than the {longest} of data.tokens",
+            )
+        if not self.pattern or not set(self.pattern) <= {"global", "local"}:
+            yield "pattern", "global and local, at least one of them"
+        local = "local" in self.pattern
+        if local != (self.window > 0):
+            yield "window", "at least 1 where the pattern has local layers, else 0"
+        if self.local_theta and not local:
+            yield "local_theta", "0 where the pattern has no local layers"
+        if self.rope_low >= self.rope_high:
+            yield "rope_low", f"less than rope_high {self.rope_high}"
 
 
 def _llama3(*sizes: int, factor: float = 1.0, tied: bool = False) -> Decoder:

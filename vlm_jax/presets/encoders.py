@@ -1,6 +1,9 @@
 """Vision encoders as rows of fields: every difference between two published encoders is a field."""
 
 import dataclasses
+import math
+from collections.abc import Iterator
+from typing import ClassVar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -10,7 +13,7 @@ class Encoder:
     Attributes:
       width, depth, mlp, heads: the usual sizes; the head dimension is width // heads.
       patch: side of a patch in pixels.
-      image_size: side of the square image in pixels, a multiple of `patch`.
+      image_size: side of the square image in pixels, or its height and width; multiples of `patch`.
       stem: "patch" embeds flattened patches by one matrix; "conv" puts stages of residual 3x3
         convolutions before it and reads whole pixels (a hybrid ViT, as in Dosovitskiy et al. 2021).
       stem_stages: of "conv", (factor, width, blocks) each: gather factor x factor places into
@@ -33,7 +36,7 @@ class Encoder:
     mlp: int
     heads: int
     patch: int = 16
-    image_size: int = 224
+    image_size: int | tuple[int, int] = 224
     stem: str = "patch"
     stem_stages: tuple[tuple[int, int, int], ...] = ()
     position: str = "learned"
@@ -47,16 +50,53 @@ class Encoder:
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     dtype: str = "bfloat16"
     remat: bool = True
+    kind: str = "vit"
+
+    CHOICES: ClassVar = {
+        "kind": ("vit",),
+        "stem": ("patch", "conv"),
+        "position": ("learned", "sincos2d"),
+        "activation": ("gelu_tanh", "gelu"),
+        "pool": ("none", "map"),
+        "dtype": ("bfloat16", "float32"),
+    }
 
     @property
-    def grid(self) -> int:
-        """Patches per side of an image."""
-        return self.image_size // self.patch
+    def size(self) -> tuple[int, int]:
+        """Height and width of an image in pixels."""
+        size = self.image_size
+        return size if isinstance(size, tuple) else (size, size)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the patches of an image."""
+        height, width = self.size
+        return height // self.patch, width // self.patch
 
     @property
     def patches(self) -> int:
         """Patches of an image."""
-        return self.grid**2
+        rows, columns = self.grid
+        return rows * columns
+
+    @property
+    def reads(self) -> str:
+        """ "patches" or "pixels": which part of `batch.Images` it looks at."""
+        return "pixels" if self.stem == "conv" else "patches"
+
+    @property
+    def features(self) -> tuple[int, int]:
+        """How many features an image gives, and their width."""
+        return 1 if self.pool == "map" else self.patches, self.width
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Fields that contradict others, each with what was expected."""
+        if any(side % self.patch for side in self.size):
+            yield "image_size", f"a multiple of the patch size {self.patch}"
+        if self.patch % math.prod(factor for factor, _, _ in self.stem_stages):
+            yield "stem_stages", f"factors whose product divides the patch size {self.patch}"
+        if self.width % self.heads:
+            yield "width", f"a multiple of its {self.heads} heads"
 
 
 # big_vision's ViT sizes (models/vit.py, decode_variant): width, depth, mlp, heads.

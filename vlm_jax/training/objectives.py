@@ -35,7 +35,10 @@ def losses(
     """
     keys = (None, None) if dropout is None else jax.random.split(dropout)
     # Without images no row looks at a visual token: the encoder need not run at all.
-    visual = vlm.visual(batch.images, keys[0]) if config.data.images else None
+    visual = None
+    if config.data.images:
+        seen = (batch.images, *batch.extra_images)
+        visual = vlm.visual(seen, keys[0], batch.image_texts)
     logits = vlm.unembed(vlm.hidden(batch, visual, keys[1]))
     loss, sums = next_token(logits, batch, config.train.label_smoothing)
     sums |= {

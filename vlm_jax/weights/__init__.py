@@ -1,0 +1,1 @@
+"""Published weights in and out: one table of names per family, used in both directions."""
