@@ -30,12 +30,14 @@ INSTALL = [
     "jinja2>=3.1",
     "matplotlib>=3.9",
     "ml-collections>=1.1",
+    "ml-dtypes>=0.5",
     "msgpack>=1.1",
     "numpy>=2.0",
     "optax>=0.2.5",
     "orbax-checkpoint>=0.12",
     "pillow>=11",
     "rich>=13.7",
+    "safetensors>=0.5",
     "tensorboardX>=2.6.2",
     "tokenizers>=0.21",
 ]
@@ -46,7 +48,7 @@ EXTRAS = {
     "cuda": jax_with("cuda12"),
     # Purposes
     "prepare": [],  # building data sets needs no more than a run does
-    "pretrained": ["huggingface_hub>=0.30", "safetensors>=0.5"],
+    "pretrained": ["huggingface_hub>=0.30"],
     "tracking": ["wandb>=0.19"],
     "notebooks": ["ipykernel>=6.29", "jupyterlab>=4.3", "nbclient>=0.10", "nbformat>=5.10"],
     # Development: `make test` installs dev, `make check` adds check.

@@ -302,18 +302,22 @@ def resolve(config: Mapping[str, Any]) -> Config:
     """
     if isinstance(config, ml_collections.ConfigDict):
         config = config.to_dict()
-    resolved = _typed(Config, config, "config")
+    resolved = typed(Config, config, "config")
     check(resolved)
     return resolved
 
 
-def _typed(kind: Any, value: Any, path: str) -> Any:
-    """`value` as the annotated type `kind`; `path` is named in errors."""
+def typed(kind: Any, value: Any, path: str) -> Any:
+    """`value` as the annotated type `kind`.
+
+    Raises:
+      ConfigError: it is none; names the part, whose own name is `path`.
+    """
     if dataclasses.is_dataclass(kind):
         return _dataclass(kind, value, path)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if isinstance(kind, types.UnionType) or origin is typing.Union:
-        return _typed(_member(arguments, value, path), value, path)
+        return typed(_member(arguments, value, path), value, path)
     if kind is types.NoneType:
         return None
     if origin is tuple:
@@ -323,12 +327,12 @@ def _typed(kind: Any, value: Any, path: str) -> Any:
         if len(inner) != len(value):
             raise ConfigError(f"{path} has {len(value)} values; expected {len(inner)}")
         return tuple(
-            _typed(k, v, f"{path}[{i}]") for i, (k, v) in enumerate(zip(inner, value, strict=True))
+            typed(k, v, f"{path}[{i}]") for i, (k, v) in enumerate(zip(inner, value, strict=True))
         )
     if origin is not None and issubclass(origin, Mapping):
         if not isinstance(value, Mapping):
             raise ConfigError(f"{path} is {value!r}; expected a dict")
-        return {str(k): _typed(arguments[1], v, f"{path}.{k}") for k, v in value.items()}
+        return {str(k): typed(arguments[1], v, f"{path}.{k}") for k, v in value.items()}
     return _scalar(kind, value, path)
 
 
@@ -366,7 +370,7 @@ def _dataclass(kind: type, value: Any, path: str) -> Any:
         if name not in value:
             raise ConfigError(f"{path}.{name} is missing; {kind.__name__} needs it")
     hints = typing.get_type_hints(kind)
-    return kind(**{k: _typed(hints[k], v, f"{path}.{k}") for k, v in value.items()})
+    return kind(**{k: typed(hints[k], v, f"{path}.{k}") for k, v in value.items()})
 
 
 def _scalar(kind: type, value: Any, path: str) -> Any:

@@ -16,34 +16,7 @@ from vlm_jax.models.layers import Features
 from vlm_jax.presets.connectors import Connector
 from vlm_jax.presets.decoders import Decoder
 from vlm_jax.presets.encoders import Encoder
-
-BLOCK = "decoder/stack/blocks/"
-LLAMA = {
-    "decoder/embedding": "model.embed_tokens.weight",
-    "decoder/norm/scale": "model.norm.weight",
-    "decoder/output/kernel": "lm_head.weight",
-    BLOCK + "norm1/scale": "model.layers.{}.input_layernorm.weight",
-    BLOCK + "norm2/scale": "model.layers.{}.post_attention_layernorm.weight",
-    BLOCK + "attention/query/kernel": "model.layers.{}.self_attn.q_proj.weight",
-    BLOCK + "attention/key/kernel": "model.layers.{}.self_attn.k_proj.weight",
-    BLOCK + "attention/value/kernel": "model.layers.{}.self_attn.v_proj.weight",
-    BLOCK + "attention/out/kernel": "model.layers.{}.self_attn.o_proj.weight",
-    BLOCK + "mlp/gate/kernel": "model.layers.{}.mlp.gate_proj.weight",
-    BLOCK + "mlp/up/kernel": "model.layers.{}.mlp.up_proj.weight",
-    BLOCK + "mlp/down/kernel": "model.layers.{}.mlp.down_proj.weight",
-    # Qwen2
-    BLOCK + "attention/query/bias": "model.layers.{}.self_attn.q_proj.bias",
-    BLOCK + "attention/key/bias": "model.layers.{}.self_attn.k_proj.bias",
-    BLOCK + "attention/value/bias": "model.layers.{}.self_attn.v_proj.bias",
-    # Qwen3
-    BLOCK + "query_norm/scale": "model.layers.{}.self_attn.q_norm.weight",
-    BLOCK + "key_norm/scale": "model.layers.{}.self_attn.k_norm.weight",
-}
-GEMMA2 = LLAMA | {
-    BLOCK + "post_norm1/scale": "model.layers.{}.post_attention_layernorm.weight",
-    BLOCK + "norm2/scale": "model.layers.{}.pre_feedforward_layernorm.weight",
-    BLOCK + "post_norm2/scale": "model.layers.{}.post_feedforward_layernorm.weight",
-}
+from vlm_jax.weights import registry, tables
 
 
 def with_biases(linear: dict[str, str], norms: dict[str, str]) -> dict[str, str]:
@@ -54,57 +27,6 @@ def with_biases(linear: dict[str, str], norms: dict[str, str]) -> dict[str, str]
         | {f"{ours}/bias": f"{theirs}.bias" for ours, theirs in (linear | norms).items()}
     )
 
-
-OPT = {
-    "decoder/embedding": "model.decoder.embed_tokens.weight",
-    "decoder/positions": "model.decoder.embed_positions.weight",
-} | with_biases(
-    {
-        BLOCK + "attention/query": "model.decoder.layers.{}.self_attn.q_proj",
-        BLOCK + "attention/key": "model.decoder.layers.{}.self_attn.k_proj",
-        BLOCK + "attention/value": "model.decoder.layers.{}.self_attn.v_proj",
-        BLOCK + "attention/out": "model.decoder.layers.{}.self_attn.out_proj",
-        BLOCK + "mlp/up": "model.decoder.layers.{}.fc1",
-        BLOCK + "mlp/down": "model.decoder.layers.{}.fc2",
-    },
-    {
-        BLOCK + "norm1": "model.decoder.layers.{}.self_attn_layer_norm",
-        BLOCK + "norm2": "model.decoder.layers.{}.final_layer_norm",
-        "decoder/norm": "model.decoder.final_layer_norm",
-    },
-)
-
-# `query`, `key` and `value` are names that theirs.py gives to the parts of one fused matrix.
-MPT = {
-    "decoder/embedding": "transformer.wte.weight",
-    "decoder/norm/scale": "transformer.norm_f.weight",
-    BLOCK + "norm1/scale": "transformer.blocks.{}.norm_1.weight",
-    BLOCK + "norm2/scale": "transformer.blocks.{}.norm_2.weight",
-    BLOCK + "attention/query/kernel": "transformer.blocks.{}.attn.query.weight",
-    BLOCK + "attention/key/kernel": "transformer.blocks.{}.attn.key.weight",
-    BLOCK + "attention/value/kernel": "transformer.blocks.{}.attn.value.weight",
-    BLOCK + "attention/out/kernel": "transformer.blocks.{}.attn.out_proj.weight",
-    BLOCK + "mlp/up/kernel": "transformer.blocks.{}.ffn.up_proj.weight",
-    BLOCK + "mlp/down/kernel": "transformer.blocks.{}.ffn.down_proj.weight",
-}
-NEOX = {
-    "decoder/embedding": "gpt_neox.embed_in.weight",
-    "decoder/output/kernel": "lm_head.weight",
-} | with_biases(
-    {
-        BLOCK + "attention/query": "gpt_neox.layers.{}.attention.query",
-        BLOCK + "attention/key": "gpt_neox.layers.{}.attention.key",
-        BLOCK + "attention/value": "gpt_neox.layers.{}.attention.value",
-        BLOCK + "attention/out": "gpt_neox.layers.{}.attention.dense",
-        BLOCK + "mlp/up": "gpt_neox.layers.{}.mlp.dense_h_to_4h",
-        BLOCK + "mlp/down": "gpt_neox.layers.{}.mlp.dense_4h_to_h",
-    },
-    {
-        BLOCK + "norm1": "gpt_neox.layers.{}.input_layernorm",
-        BLOCK + "norm2": "gpt_neox.layers.{}.post_attention_layernorm",
-        "decoder/norm": "gpt_neox.final_layer_norm",
-    },
-)
 
 # Our module, theirs: each has a kernel and a bias.
 VIT_LINEAR = {
@@ -164,13 +86,13 @@ class Case:
     Attributes:
       tower: "decoder", "encoder" or "connector".
       model: the sizes; the other two towers are not compared.
-      table: our leaf to their weight.
+      table: our leaf to their weight; None = that of the family, in `weights.registry`.
       family: their model, by its model_type.
     """
 
     tower: str
     model: Model
-    table: dict[str, str]
+    table: dict[str, str] | None
     family: str
 
 
@@ -185,9 +107,9 @@ def _model(**towers) -> Model:
     return Model(**(defaults | changes))
 
 
-def decoder(*sizes, family: str = "llama", table: dict[str, str] = LLAMA, **fields) -> Case:
+def decoder(*sizes, family: str = "llama", **fields) -> Case:
     """A decoder of these sizes, by default a Llama."""
-    return Case("decoder", _model(decoder=Decoder(*sizes, **fields)), table, family)
+    return Case("decoder", _model(decoder=Decoder(*sizes, **fields)), None, family)
 
 
 GEMMA = {"norm": "rms_plus_one", "activation": "gelu_tanh", "embed_root": True, "tied": True}
@@ -195,32 +117,30 @@ UNGATED = {"gated": False, "norm": "layer"}
 BIASES = {"qkv_bias": True, "out_bias": True, "mlp_bias": True}
 
 
-def gemma(*sizes, family: str = "gemma", table: dict[str, str] = LLAMA, **fields) -> Case:
+def gemma(*sizes, family: str = "gemma", **fields) -> Case:
     """A Gemma of these sizes; above the first, branches are normed twice and layers alternate."""
-    return decoder(*sizes, family=family, table=table, **GEMMA, **fields)
+    return decoder(*sizes, family=family, **GEMMA, **fields)
 
 
 def opt(vocab: int, width: int, depth: int, mlp: int, heads: int, **fields) -> Case:
     """An OPT of these sizes."""
     sizes = vocab, width, depth, mlp, heads, heads, width // heads
     fields = {"position": "learned", "positions": 21, "position_offset": 2, "tied": True} | fields
-    return decoder(
-        *sizes, family="opt", table=OPT, activation="relu", **UNGATED, **BIASES, **fields
-    )
+    return decoder(*sizes, family="opt", activation="relu", **UNGATED, **BIASES, **fields)
 
 
 def mpt(vocab: int, width: int, depth: int, heads: int, **fields) -> Case:
     """An MPT of these sizes; its feed-forward part is always four times as wide."""
     sizes = vocab, width, depth, 4 * width, heads, heads, width // heads
     fields = {"norm": "layer_unbiased", "gated": False, "activation": "gelu"} | fields
-    return decoder(*sizes, family="mpt", table=MPT, position="alibi", tied=True, **fields)
+    return decoder(*sizes, family="mpt", position="alibi", tied=True, **fields)
 
 
 def neox(vocab: int, width: int, depth: int, mlp: int, heads: int, **fields) -> Case:
     """A GPT-NeoX of these sizes."""
     sizes = vocab, width, depth, mlp, heads, heads, width // heads
     fields = {"activation": "gelu"} | fields
-    return decoder(*sizes, family="gpt_neox", table=NEOX, **UNGATED, **BIASES, **fields)
+    return decoder(*sizes, family="gpt_neox", **UNGATED, **BIASES, **fields)
 
 
 def encoder(*sizes, **fields) -> Case:
@@ -269,7 +189,6 @@ GOLDENS = {
         2,
         6,
         family="gemma2",
-        table=GEMMA2,
         post_norms=True,
         query_scale=3.0,
         attention_cap=1.5,
@@ -286,7 +205,6 @@ GOLDENS = {
         1,
         6,
         family="gemma3_text",
-        table=GEMMA2,
         post_norms=True,
         qk_norm=True,
         query_scale=5.0,
@@ -325,7 +243,6 @@ LARGER = {
         3,
         14,
         family="gemma2",
-        table=GEMMA2,
         post_norms=True,
         query_scale=9.0,
         attention_cap=2.0,
@@ -342,7 +259,6 @@ LARGER = {
         2,
         10,
         family="gemma3_text",
-        table=GEMMA2,
         post_norms=True,
         qk_norm=True,
         query_scale=11.0,
@@ -375,6 +291,9 @@ def inputs(case: Case, seed: int = 0) -> np.ndarray:
 
 def leaves(case: Case, theirs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Their weights, or gradients of them, as our leaves."""
+    if case.table is None:
+        shapes = {path: leaf.shape for path, leaf in params.abstract(case.model).items()}
+        return tables.gather(registry.family(case.family).rows(case.model), shapes, theirs)
     found = {}
     for path, leaf in params.abstract(case.model).items():
         if path not in case.table:

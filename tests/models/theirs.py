@@ -10,7 +10,6 @@ from transformers.models.idefics2.modeling_idefics2 import (
 )
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-QKV = ("query", "key", "value")
 ACTIVATIONS = {"gelu_tanh": "gelu_pytorch_tanh", "gelu": "gelu"}
 
 
@@ -66,15 +65,6 @@ def _named(case: Case, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
                 named[name.replace("in_proj_", part + ".")] = third
         elif name.endswith("patch_embedding.weight"):
             named[name] = array.transpose(0, 2, 3, 1)
-        elif "Wqkv" in name:
-            for part, third in zip(QKV, np.split(array, 3)):
-                named[name.replace("Wqkv", part)] = third
-        elif "query_key_value" in name:
-            # The three parts of each head lie together.
-            size = case.model.decoder.head_dim
-            heads = array.reshape(-1, 3, size, *array.shape[1:])
-            for part, third in zip(QKV, np.moveaxis(heads, 1, 0)):
-                named[name.replace("query_key_value", part)] = third.reshape(-1, *array.shape[1:])
         else:
             named[name] = array
     return named

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vlm_jax.errors import ConfigError
+from vlm_jax.errors import DataError
 
 
 class Row(NamedTuple):
@@ -122,11 +122,11 @@ def to_ours(row: Row, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
       shape: ours, without the layers' axis.
 
     Raises:
-      ConfigError: the tensor has another size than the leaf.
+      DataError: the tensor has another size than the leaf.
     """
     part, parts = row.part
     if array.size != parts * int(np.prod(shape)):
-        raise ConfigError(
+        raise DataError(
             f"tensor {row.theirs} has shape {array.shape}; the model's {row.ours} needs "
             f"{parts} x {shape}"
         )
@@ -159,7 +159,7 @@ def gather(
       tensors: theirs by name.
 
     Raises:
-      ConfigError: a tensor is missing or of another size.
+      DataError: a tensor is missing or of another size.
     """
     found = {}
     for row in rows:
@@ -169,7 +169,7 @@ def gather(
         names = row.names(layers_of(row.ours, shape))
         missing = [name for name in names if name not in tensors]
         if missing:
-            raise ConfigError(f"tensor {missing[0]} is missing; the model's {row.ours} needs it")
+            raise DataError(f"tensor {missing[0]} is missing; the model's {row.ours} needs it")
         one = shape[1:] if stacked else shape
         layers = [to_ours(row, np.asarray(tensors[name]), one) for name in names]
         found[row.ours] = np.stack(layers) if stacked else layers[0]

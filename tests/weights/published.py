@@ -1,0 +1,179 @@
+"""Tiny models of transformers with unusual sizes, and what they make of random inputs. Needs torch.
+
+A golden file holds all of it: config.json, tensors, inputs and outputs, so that the quick tests
+can write the published folder themselves and compare without torch.
+"""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+
+Arrays = dict[str, NDArray]
+NEW_TOKENS = 5
+MARGIN = 1e-3  # between the two best logits, or greedy tokens would hang on rounding
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One published model.
+
+    Attributes:
+      config: its config.
+      inputs: arrays for `forward` by keyword, from a generator.
+      auto: the class that makes and loads it.
+      generates: whether greedy tokens are compared.
+      output: which output is compared.
+    """
+
+    config: transformers.PretrainedConfig
+    inputs: Callable[[np.random.Generator], Arrays]
+    auto: type = transformers.AutoModelForCausalLM
+    generates: bool = True
+    output: str = "logits"
+
+
+def make(case: Case, seed: int = 0) -> torch.nn.Module:
+    """The model with random weights, none of them a plain zero or one."""
+    model = case.auto.from_config(case.config, attn_implementation="eager")
+    rng = np.random.default_rng(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = 0.3 * rng.normal(size=parameter.shape).astype(np.float32)
+            parameter.copy_(torch.from_numpy(noise) + (parameter == 1).all())
+    return model.float().eval()
+
+
+def outputs(case: Case, model: torch.nn.Module, arrays: Arrays) -> Arrays:
+    """What the model makes of the arrays: logits and greedy tokens, or features.
+
+    Raises:
+      ValueError: the two best logits of a greedy step are too close to compare tokens.
+    """
+    given = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    with torch.no_grad():
+        found = {case.output: getattr(model(**given), case.output).numpy()}
+        if case.generates:
+            made = model.generate(
+                **given,
+                max_new_tokens=NEW_TOKENS,
+                min_new_tokens=NEW_TOKENS,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+            best = torch.stack(made.logits).topk(2).values
+            if (best[..., 0] - best[..., 1]).min() < MARGIN:
+                raise ValueError("greedy tokens would hang on rounding: choose another seed")
+            found["tokens"] = made.sequences[:, -NEW_TOKENS:].numpy()
+    return found
+
+
+def clear(case: Case) -> tuple[torch.nn.Module, Arrays, Arrays]:
+    """Model, inputs and outputs of the first seed whose greedy tokens do not hang on rounding."""
+    for seed in range(100):
+        model, inputs = make(case, seed), case_inputs(case, seed)
+        with contextlib.suppress(ValueError):
+            return model, inputs, outputs(case, model, inputs)
+    raise ValueError("no seed gives a clear margin")
+
+
+def case_inputs(case: Case, seed: int = 0) -> Arrays:
+    """The arrays of a case."""
+    return case.inputs(np.random.default_rng(seed))
+
+
+def save(path: pathlib.Path, model: torch.nn.Module) -> None:
+    """Writes the folder as transformers publishes it."""
+    model.save_pretrained(path)
+
+
+def config_text(folder: pathlib.Path) -> str:
+    """config.json without the version of transformers, which would change for no reason."""
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("transformers_version", None)
+    return json.dumps(config, sort_keys=True)
+
+
+def text(rng: np.random.Generator, vocab: int, left: bool = True) -> Arrays:
+    """Three prompts of unequal length; generation of transformers wants them padded on the left."""
+    tokens = rng.integers(3, vocab, (3, 9))
+    mask = np.ones_like(tokens)
+    for row, pad in ((0, 3), (2, 1)):
+        mask[row, slice(0, pad) if left else slice(-pad, None)] = 0
+    return {"input_ids": tokens, "attention_mask": mask}
+
+
+def _text(model_type: str, vocab: int, seed_left: bool = True, **fields) -> Case:
+    config = transformers.AutoConfig.for_model(
+        model_type, vocab_size=vocab, pad_token_id=None, **fields
+    )
+    return Case(config, lambda rng: text(rng, vocab, seed_left))
+
+
+_SIZES = {
+    "hidden_size": 12,
+    "num_hidden_layers": 2,
+    "intermediate_size": 20,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "head_dim": 6,
+}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 100.0,
+    "factor": 5.0,
+    "original_max_position_embeddings": 16,
+    "low_freq_factor": 0.5,
+    "high_freq_factor": 3.0,
+}
+_GEMMA2 = {
+    "query_pre_attn_scalar": 3,
+    "attn_logit_softcapping": 1.5,
+    "final_logit_softcapping": 4.0,
+    "sliding_window": 3,
+}
+_GEMMA3_ROPE = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+}
+
+CASES = {
+    "llama": _text(
+        "llama", 41, **_SIZES, rms_norm_eps=1e-2, attention_bias=True, mlp_bias=True
+    ),
+    "llama_scaled": _text(
+        "llama", 37, **_SIZES, rope_parameters=_LLAMA3, tie_word_embeddings=True
+    ),
+    "mistral": _text("mistral", 39, **_SIZES, sliding_window=4, rms_norm_eps=1e-3),
+    "qwen2": _text(
+        "qwen2", 35, **{k: v for k, v in _SIZES.items() if k != "head_dim"},
+        tie_word_embeddings=True, use_sliding_window=True, sliding_window=3, max_window_layers=1,
+    ),
+    "qwen3": _text("qwen3", 33, **_SIZES, rms_norm_eps=1e-2),
+    "gemma": _text("gemma", 31, **_SIZES, rms_norm_eps=1e-2),
+    "gemma2": _text("gemma2", 43, **_SIZES | {"num_hidden_layers": 3}, **_GEMMA2),
+    "gemma3_text": _text(
+        "gemma3_text", 29, **_SIZES | {"num_hidden_layers": 4}, query_pre_attn_scalar=5,
+        sliding_window=4, rope_parameters=_GEMMA3_ROPE,
+        layer_types=[*["sliding_attention"] * 2, "full_attention", "sliding_attention"],
+    ),
+    "opt": _text(
+        "opt", 45, hidden_size=12, word_embed_proj_dim=12, num_hidden_layers=2, ffn_dim=22,
+        num_attention_heads=3, max_position_embeddings=19,
+    ),
+    "mpt": _text("mpt", 47, d_model=18, n_heads=6, n_layers=2, layer_norm_epsilon=1e-2),
+    "gpt_neox": _text(
+        "gpt_neox", 27, hidden_size=24, num_hidden_layers=2, intermediate_size=20,
+        num_attention_heads=3, layer_norm_eps=1e-3,
+        rope_parameters={"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5},
+    ),
+}  # fmt: skip

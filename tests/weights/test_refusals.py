@@ -1,0 +1,121 @@
+"""Sources that are wrong, damaged, or would have to be executed: refused by name, never run."""
+
+import json
+import pathlib
+
+import goldens
+import numpy as np
+import pytest
+
+from vlm_jax.errors import ConfigError, DataError, VlmError
+from vlm_jax.weights import checking, conversion, files, store
+
+NORM = "model.layers.1.input_layernorm.weight"
+
+
+def publish(folder: pathlib.Path, **changes) -> pathlib.Path:
+    """A Llama's folder; tensors by name are replaced, or dropped where None."""
+    golden = goldens.read("llama")
+    tensors = {n: t for n, t in (golden.tensors | changes).items() if t is not None}
+    return goldens.publish(golden._replace(tensors=tensors), folder)
+
+
+def edit(folder: pathlib.Path, **fields) -> pathlib.Path:
+    """Changes config.json."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    return folder
+
+
+def refusal(folder: pathlib.Path, kind: type[VlmError]) -> str:
+    """The message with which a folder is refused; nothing that looks like a model is left."""
+    target = folder.parent / "model"
+    with pytest.raises(kind) as caught:
+        conversion.import_folder(folder, target)
+    assert not store.is_model(target)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({NORM: None}, "missing, the first of them " + NORM),
+        ({"model.layers.7.mlp.up_proj.weight": np.zeros((2, 2), np.float32)}, "left over"),
+        ({NORM: np.zeros(13, np.float32)}, f"{NORM} has shape (13,); by config.json it is (12,)"),
+        # As many numbers in another shape would otherwise be read as nonsense.
+        ({"lm_head.weight": np.zeros((12, 41), np.float32)}, "(12, 41); by config.json it is"),
+        ({NORM: np.zeros(12, np.complex64)}, "C64"),
+    ],
+)
+def test_tensors_that_config_json_does_not_speak_of(changes, message, tmp_path, monkeypatch):
+    monkeypatch.setitem(files.CODES, np.dtype(np.complex64), "C64")
+    assert message in refusal(publish(tmp_path / "source", **changes), DataError)
+
+
+@pytest.mark.parametrize("cut", [4, 100, -1])
+def test_a_truncated_file(cut, tmp_path):
+    source = publish(tmp_path / "source")
+    path = source / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:cut])
+    assert "model.safetensors is no whole safetensors file" in refusal(source, DataError)
+
+
+def test_a_part_that_the_index_names_but_is_missing(tmp_path):
+    source = goldens.publish(goldens.read("llama"), tmp_path / "source", shards=3)
+    (source / "model-00002-of-00003.safetensors").unlink()
+    assert "model-00002-of-00003.safetensors is missing" in refusal(source, DataError)
+
+
+def test_an_index_that_leads_out_of_the_folder(tmp_path):
+    source = goldens.publish(goldens.read("llama"), tmp_path / "source", shards=2)
+    index = {"weight_map": {NORM: "../secret.safetensors"}}
+    (source / files.INDEX).write_text(json.dumps(index))
+    assert "expected a file beside it" in refusal(source, DataError)
+
+
+def test_a_pickle_is_never_opened(tmp_path):
+    source = publish(tmp_path / "source")
+    (source / "model.safetensors").rename(source / "pytorch_model.bin")
+    assert "pytorch_model.bin" in refusal(source, DataError)
+
+
+def test_code_of_its_own_is_never_run(tmp_path):
+    marker = tmp_path / "ran"
+    source = edit(publish(tmp_path / "source"), auto_map={"AutoModel": "modeling.Model"})
+    (source / "modeling.py").write_text(f"open({str(marker)!r}, 'w')")
+    assert "auto_map" in refusal(source, DataError)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model_type": "lama"}, "unknown model_type 'lama'"),
+        ({"model_type": None}, "unknown model_type None"),
+        ({"hidden_act": "mish"}, "hidden_act is 'mish'"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type is 'yarn'"),
+    ],
+)
+def test_settings_that_no_preset_has(fields, message, tmp_path):
+    assert message in refusal(edit(publish(tmp_path / "source"), **fields), ConfigError)
+
+
+def test_what_is_no_folder_of_transformers(tmp_path):
+    (tmp_path / "source").mkdir()
+    assert "no config.json" in refusal(tmp_path / "source", DataError)
+    (tmp_path / "source" / "config.json").write_text("{")
+    assert "cannot be read" in refusal(tmp_path / "source", DataError)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({}, "lack input_ids"),
+        ({"input_ids": np.zeros(3, np.int64)}, "expected 2 axes"),
+        ({"input_ids": np.zeros((1, 3), np.int64), "pixel_values": np.zeros(1)}, "pixel_values"),
+    ],
+)
+def test_inputs_that_a_model_does_not_take(arrays, message, tmp_path):
+    stored = conversion.import_folder(publish(tmp_path / "source"), tmp_path / "model")
+    with pytest.raises((ConfigError, DataError), match=message):
+        checking.run(stored, arrays)

@@ -1,0 +1,81 @@
+"""Published weights in and out, and a check of them.
+
+python -m vlm_jax.convert import SOURCE DIR
+python -m vlm_jax.convert export DIR HF_DIR
+python -m vlm_jax.convert check DIR INPUTS.npz OUTPUTS.npz --new_tokens=16
+
+SOURCE is a folder as transformers writes it, with config.json and safetensors. `check` feeds the
+arrays that `forward` of transformers takes, by keyword, and writes float32 `logits` (of an encoder
+alone `last_hidden_state`) and greedy `tokens`. Nothing that came with weights is ever executed.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+
+from vlm_jax import doors
+from vlm_jax.errors import ConfigError, DataError, StorageError
+
+_NEW_TOKENS = flags.DEFINE_integer("new_tokens", 0, "check: tokens to make after the prompt.")
+_FAMILY = flags.DEFINE_string("family", "", "export: model_type, if not the one imported.")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Imports, exports or checks."""
+    command, words = (argv[1] if len(argv) > 1 else ""), argv[2:]
+    if command not in COMMANDS:
+        raise ConfigError(f"unknown command {command!r}; expected {', '.join(COMMANDS)}")
+    function, names = COMMANDS[command]
+    if len(words) != len(names):
+        raise ConfigError(f"{command} was given {len(words)} words; expected {' '.join(names)}")
+    function(*map(doors.folder, words))
+
+
+def import_(source: Path, target: Path) -> None:
+    """Turns published weights into a model's folder."""
+    from vlm_jax.weights import conversion
+
+    if not source.exists():
+        raise DataError(f"{source} does not exist")
+    stored = conversion.import_folder(source, target)
+    numbers = sum(int(np.prod(leaf.shape)) for leaf in stored.parameters.tensors.values())
+    print(f"{target}: {stored.family}, {numbers:,} parameters")
+
+
+def export(source: Path, target: Path) -> None:
+    """Writes a model's folder as transformers loads it."""
+    from vlm_jax.weights import conversion, store
+
+    conversion.export_folder(store.open_model(source), target, _FAMILY.value)
+    print(target)
+
+
+def check(folder: Path, inputs: Path, outputs: Path) -> None:
+    """Runs a model on given arrays."""
+    from vlm_jax.weights import checking, store
+
+    try:
+        with np.load(inputs, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (OSError, ValueError) as error:
+        raise DataError(f"{inputs} is no npz file of plain arrays: {error}") from error
+    found = checking.run(store.open_model(folder), arrays, _NEW_TOKENS.value)
+    try:
+        with outputs.open("wb") as file:
+            np.savez(file, **found)
+    except OSError as error:
+        raise StorageError(f"{outputs} cannot be written: {error}") from error
+    print(", ".join(f"{name} {array.shape}" for name, array in found.items()))
+
+
+COMMANDS = {
+    "import": (import_, ("SOURCE", "DIR")),
+    "export": (export, ("DIR", "HF_DIR")),
+    "check": (check, ("DIR", "INPUTS.npz", "OUTPUTS.npz")),
+}
+
+
+if __name__ == "__main__":
+    doors.run(main)

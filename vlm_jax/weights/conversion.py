@@ -1,0 +1,252 @@
+"""From published folders to ours and back, tensor by tensor, so that memory holds one at a time."""
+
+import json
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from vlm_jax import config as configs
+from vlm_jax.errors import ConfigError, DataError
+from vlm_jax.models import params
+from vlm_jax.weights import files, store
+from vlm_jax.weights.registry import Family, family
+from vlm_jax.weights.tables import LAYOUTS, Row, layers_of, to_ours, to_theirs
+
+# Files of a published folder that export gives back.
+KEPT = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "generation_config.json",
+    "*processor_config.json",
+)
+SHOWN = 3  # names in a message
+
+
+def import_folder(source: Path, target: Path) -> store.Stored:
+    """Turns a published folder into one of ours.
+
+    Raises:
+      ConfigError: its config.json says what no preset does.
+      DataError: its tensors are not those its config.json promises; names the first.
+    """
+    folder = files.Folder(source)
+    kind = folder.config.get("model_type")
+    known = family(kind)
+    try:
+        model = known.read(folder.config)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise ConfigError(f"{source}/config.json is not of a {kind}: {error!r}") from error
+    stored = store.Stored(target, model, kind, folder.config)
+    configs.check_model(stored.model)
+    import_tensors(folder, stored, known)
+    copy_kept(source, target / store.SOURCE)
+    store.write_config(stored)
+    return stored
+
+
+def import_tensors(source: files.Source, stored: store.Stored, known: Family) -> None:
+    """Writes parameters and carried tensors of a folder.
+
+    Raises:
+      DataError: a tensor is missing, left over, or of another shape.
+    """
+    names = _canonical(source.tensors, known.renames)
+    leaves = params.abstract(stored.model)
+    rows = {row.ours: row for row in known.rows(stored.model)}
+    _check(stored.model, known, leaves, {n: source.tensors[o] for n, o in names.items()})
+    stored.path.mkdir(parents=True, exist_ok=True)
+    (stored.path / "config.json").unlink(missing_ok=True)
+    dtypes = {path: _dtype(source, names, rows[path]) for path in leaves}
+    shapes = {p: jax.ShapeDtypeStruct(leaf.shape, dtypes[p]) for p, leaf in leaves.items()}
+
+    def layers(path: str) -> Iterator[np.ndarray]:
+        row, shape = rows[path], leaves[path].shape
+        stacked = "{}" in row.theirs
+        for name in row.names(layers_of(path, shape)):
+            array = to_ours(row, source.read(names[name]), shape[1:] if stacked else shape)
+            yield array.astype(dtypes[path], copy=False)
+
+    files.write(stored.path / store.PARAMETERS, shapes, layers)
+    carried = _carried(stored.model, known, names)
+    theirs = {name: source.tensors[names[name]] for name in carried}
+    write = files.write if theirs else lambda path, *_: path.unlink(missing_ok=True)
+    write(stored.path / store.CARRIED, theirs, lambda name: [source.read(names[name])])
+
+
+def copy_kept(source: Path, target: Path) -> None:
+    """Copies the tokenizer's and processor's files."""
+    found = sorted({path for pattern in KEPT for path in source.glob(pattern) if path.is_file()})
+    for path in found:
+        target.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target / path.name)
+
+
+def _canonical(names: Iterable[str], renames: tuple[tuple[str, str], ...]) -> dict[str, str]:
+    """The names that tables know -> the names that the source has."""
+    found = {}
+    for name in names:
+        known = name
+        for pattern, replacement in renames:
+            known = re.sub(pattern, replacement, known)
+        if known in found:
+            raise DataError(f"tensors {name} and {found[known]} are one and the same")
+        found[known] = name
+    return found
+
+
+def _check(model: configs.Model, known: Family, leaves, tensors: Mapping[str, Any]) -> None:
+    """Raises DataError unless the tensors are those that the table speaks of."""
+    wanted = _theirs(known.rows(model), leaves)
+    missing = [name for name in wanted if name not in tensors]
+    if missing:
+        raise DataError(
+            f"{len(missing)} tensors are missing, the first of them {_first(missing)}: the "
+            f"config.json speaks of {len(wanted)}"
+        )
+    for name, expected in wanted.items():
+        if tuple(tensors[name].shape) != expected.shape:
+            raise DataError(
+                f"tensor {name} has shape {tuple(tensors[name].shape)}; by config.json it is "
+                f"{expected.shape}"
+            )
+    patterns = (*known.carried(model), *known.ignored, *_tied(model))
+    extra = [
+        name
+        for name in tensors
+        if name not in wanted and not any(re.fullmatch(pattern, name) for pattern in patterns)
+    ]
+    if extra:
+        raise DataError(
+            f"{len(extra)} tensors are left over, the first of them {_first(extra)}: config.json "
+            "does not speak of them"
+        )
+
+
+def _tied(model: configs.Model) -> tuple[str, ...]:
+    """An output matrix that some folders store although it is the embedding table."""
+    tied = model.decoder is not None and model.decoder.tied
+    return (r"(.*\.)?lm_head\.weight",) if tied else ()
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+
+
+class _Theirs(NamedTuple):
+    """A tensor of theirs: its shape, and which layer of which rows of ours it holds."""
+
+    shape: tuple[int, ...]
+    parts: list[tuple[Row, int | None]]
+
+
+def _theirs(rows: Iterable[Row], leaves: Mapping[str, Any]) -> dict[str, _Theirs]:
+    """Their tensors by name, in the order of the table."""
+    found: dict[str, _Theirs] = {}
+    for row in rows:
+        if row.ours not in leaves:
+            continue
+        shape, stacked = leaves[row.ours].shape, "{}" in row.theirs
+        one = jax.ShapeDtypeStruct(shape[1:] if stacked else shape, np.float32)
+        out = jax.eval_shape(LAYOUTS[row.layout].theirs, one).shape
+        out = (out[0] * row.part[1], *out[1:]) if row.part[1] > 1 else out
+        for layer, name in enumerate(row.names(layers_of(row.ours, shape))):
+            entry = found.setdefault(name, _Theirs(out, []))
+            entry.parts.append((row, layer if stacked else None))
+    for entry in found.values():
+        entry.parts.sort(key=lambda part: part[0].part)
+    return found
+
+
+def _dtype(source: files.Source, names: Mapping[str, str], row: Row) -> np.dtype:
+    first = source.tensors[names[row.names(1)[0]]]
+    return np.dtype(first.dtype)
+
+
+def _carried(model: configs.Model, known: Family, names: Iterable[str]) -> list[str]:
+    patterns = known.carried(model)
+    return sorted(n for n in names if any(re.fullmatch(pattern, n) for pattern in patterns))
+
+
+def export_folder(stored: store.Stored, target: Path, model_type: str = "") -> None:
+    """Writes a folder that transformers loads with its own class.
+
+    Args:
+      stored: the model.
+      target: the folder to write.
+      model_type: another family than the one it came from.
+
+    Raises:
+      ConfigError: the family has no place for a leaf of the model.
+    """
+    model_type = model_type or stored.family
+    known = family(model_type)
+    parameters, carried = stored.parameters, stored.carried
+    leaves = params.abstract(stored.model)
+    table = known.rows(stored.model)
+    homeless = leaves.keys() - {row.ours for row in table}
+    if homeless:
+        raise ConfigError(f"{model_type} has no place for {_first(sorted(homeless))}")
+    wanted = _theirs(table, leaves)
+    tensors = {
+        name: jax.ShapeDtypeStruct(entry.shape, parameters.tensors[entry.parts[0][0].ours].dtype)
+        for name, entry in wanted.items()
+    } | dict(carried.tensors)
+
+    def pieces(name: str) -> list[np.ndarray]:
+        if name not in wanted:
+            return [carried.read(name)]
+        rows, layers = zip(*wanted[name].parts, strict=True)
+        arrays = [
+            parameters.read(row.ours, ... if layer is None else layer)
+            for row, layer in zip(rows, layers, strict=True)
+        ]
+        return [to_theirs(list(rows), arrays)]
+
+    target.mkdir(parents=True, exist_ok=True)
+    _write_shards(target, tensors, pieces)
+    copy_kept(stored.path / store.SOURCE, target)
+    config = {**stored.published, **known.write(stored.model)}
+    config |= {"architectures": [known.architecture], "dtype": str(_main_dtype(tensors))}
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _main_dtype(tensors: Mapping[str, Any]) -> np.dtype:
+    """The dtype that most numbers have."""
+    sizes: dict[np.dtype, int] = {}
+    for tensor in tensors.values():
+        dtype = np.dtype(tensor.dtype)
+        sizes[dtype] = sizes.get(dtype, 0) + int(np.prod(tensor.shape))
+    return max(sizes, key=sizes.get)
+
+
+def _write_shards(target: Path, tensors: Mapping[str, Any], pieces) -> None:
+    shards: list[dict[str, Any]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        nbytes = int(np.prod(tensor.shape)) * np.dtype(tensor.dtype).itemsize
+        if shards[-1] and size + nbytes > files.SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += nbytes
+    for stale in target.glob("model*.safetensors*"):
+        stale.unlink()
+    if len(shards) == 1:
+        files.write(target / "model.safetensors", shards[0], pieces, {"format": "pt"})
+        return
+    weight_map = {}
+    for i, shard in enumerate(shards, start=1):
+        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        files.write(target / file, shard, pieces, {"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (target / files.INDEX).write_text(json.dumps(index, indent=2) + "\n")
