@@ -5,7 +5,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,7 +15,7 @@ from vlm_jax.errors import ConfigError, DataError
 from vlm_jax.models import params
 from vlm_jax.weights import files, store
 from vlm_jax.weights.registry import Family, family
-from vlm_jax.weights.tables import LAYOUTS, Row, layers_of, to_ours, to_theirs
+from vlm_jax.weights.tables import Row, layers_of, theirs_of, to_ours, to_theirs
 
 # Files of a published folder that export gives back.
 KEPT = (
@@ -105,7 +105,7 @@ def _canonical(names: Iterable[str], renames: tuple[tuple[str, str], ...]) -> di
 
 def _check(model: configs.Model, known: Family, leaves, tensors: Mapping[str, Any]) -> None:
     """Raises DataError unless the tensors are those that the table speaks of."""
-    wanted = _theirs(known.rows(model), leaves)
+    wanted = theirs_of(known.rows(model), leaves)
     missing = [name for name in wanted if name not in tensors]
     if missing:
         raise DataError(
@@ -141,31 +141,6 @@ def _first(names: list[str]) -> str:
     return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
 
 
-class _Theirs(NamedTuple):
-    """A tensor of theirs: its shape, and which layer of which rows of ours it holds."""
-
-    shape: tuple[int, ...]
-    parts: list[tuple[Row, int | None]]
-
-
-def _theirs(rows: Iterable[Row], leaves: Mapping[str, Any]) -> dict[str, _Theirs]:
-    """Their tensors by name, in the order of the table."""
-    found: dict[str, _Theirs] = {}
-    for row in rows:
-        if row.ours not in leaves:
-            continue
-        shape, stacked = leaves[row.ours].shape, "{}" in row.theirs
-        one = jax.ShapeDtypeStruct(shape[1:] if stacked else shape, np.float32)
-        out = jax.eval_shape(LAYOUTS[row.layout].theirs, one).shape
-        out = (out[0] * row.part[1], *out[1:]) if row.part[1] > 1 else out
-        for layer, name in enumerate(row.names(layers_of(row.ours, shape))):
-            entry = found.setdefault(name, _Theirs(out, []))
-            entry.parts.append((row, layer if stacked else None))
-    for entry in found.values():
-        entry.parts.sort(key=lambda part: part[0].part)
-    return found
-
-
 def _dtype(source: files.Source, names: Mapping[str, str], row: Row) -> np.dtype:
     first = source.tensors[names[row.names(1)[0]]]
     return np.dtype(first.dtype)
@@ -195,7 +170,7 @@ def export_folder(stored: store.Stored, target: Path, model_type: str = "") -> N
     homeless = leaves.keys() - {row.ours for row in table}
     if homeless:
         raise ConfigError(f"{model_type} has no place for {_first(sorted(homeless))}")
-    wanted = _theirs(table, leaves)
+    wanted = theirs_of(table, leaves)
     tensors = {
         name: jax.ShapeDtypeStruct(entry.shape, parameters.tensors[entry.parts[0][0].ours].dtype)
         for name, entry in wanted.items()
@@ -212,7 +187,7 @@ def export_folder(stored: store.Stored, target: Path, model_type: str = "") -> N
         return [to_theirs(list(rows), arrays)]
 
     target.mkdir(parents=True, exist_ok=True)
-    _write_shards(target, tensors, pieces)
+    files.write_shards(target, tensors, pieces)
     copy_kept(stored.path / store.SOURCE, target)
     config = {**stored.published, **known.write(stored.model)}
     config |= {"architectures": [known.architecture], "dtype": str(_main_dtype(tensors))}
@@ -226,27 +201,3 @@ def _main_dtype(tensors: Mapping[str, Any]) -> np.dtype:
         dtype = np.dtype(tensor.dtype)
         sizes[dtype] = sizes.get(dtype, 0) + int(np.prod(tensor.shape))
     return max(sizes, key=sizes.get)
-
-
-def _write_shards(target: Path, tensors: Mapping[str, Any], pieces) -> None:
-    shards: list[dict[str, Any]] = [{}]
-    size = 0
-    for name, tensor in tensors.items():
-        nbytes = int(np.prod(tensor.shape)) * np.dtype(tensor.dtype).itemsize
-        if shards[-1] and size + nbytes > files.SHARD_BYTES:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += nbytes
-    for stale in target.glob("model*.safetensors*"):
-        stale.unlink()
-    if len(shards) == 1:
-        files.write(target / "model.safetensors", shards[0], pieces, {"format": "pt"})
-        return
-    weight_map = {}
-    for i, shard in enumerate(shards, start=1):
-        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        files.write(target / file, shard, pieces, {"format": "pt"})
-        weight_map |= dict.fromkeys(shard, file)
-    index = {"metadata": {}, "weight_map": weight_map}
-    (target / files.INDEX).write_text(json.dumps(index, indent=2) + "\n")

@@ -207,3 +207,42 @@ def write(
         partial.replace(path)
     except OSError as error:
         raise StorageError(f"{path} cannot be written: {error}") from error
+
+
+def write_shards(
+    target: Path,
+    tensors: Mapping[str, Any],
+    pieces: Callable[[str], Iterable[np.ndarray]],
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes a folder's tensors into one file, or into several with an index where they are large.
+
+    Args:
+      target: the folder; weights that lie there already are replaced.
+      tensors, pieces: as for `write`.
+      shard_bytes: largest size of a file, but for a single larger tensor.
+
+    Raises:
+      StorageError: it could not be written.
+    """
+    shards: list[dict[str, Any]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        nbytes = int(np.prod(tensor.shape)) * np.dtype(tensor.dtype).itemsize
+        if shards[-1] and size + nbytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += nbytes
+    for stale in target.glob("model*.safetensors*"):
+        stale.unlink()
+    if len(shards) == 1:
+        write(target / "model.safetensors", shards[0], pieces, {"format": "pt"})
+        return
+    weight_map = {}
+    for i, shard in enumerate(shards, start=1):
+        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        write(target / file, shard, pieces, {"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (target / INDEX).write_text(json.dumps(index, indent=2) + "\n")

@@ -21,6 +21,7 @@ from vlm_jax.errors import DataError
 from vlm_jax.weights import files
 
 FORMAT = "vlm_jax model 1"
+PIECE_BYTES = 1 << 26  # read at once
 PARAMETERS, CARRIED, SOURCE = "parameters.safetensors", "carried.safetensors", "source"
 
 
@@ -112,7 +113,17 @@ def _placed(source: files.Safetensors, path: str, sharding, dtype) -> Array:
     dtype = tensor.dtype if dtype is None else np.dtype(dtype)
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
-        whole = all(i.indices(n) == (0, n, 1) for i, n in zip(index, tensor.shape, strict=True))
-        return source.read(path, ... if whole else index).astype(dtype, copy=False)
+        if not index:
+            return source.read(path).astype(dtype)
+        bounds = [i.indices(n)[:2] for i, n in zip(index, tensor.shape, strict=True)]
+        out = np.empty([end - start for start, end in bounds], dtype)
+        # A few rows at a time: beside the part itself only these are in memory.
+        rows = max(1, PIECE_BYTES // max(1, out[:1].nbytes))
+        for start in range(0, len(out), rows):
+            here = slice(start, min(start + rows, len(out)))
+            first = bounds[0][0]
+            rest = [slice(*bound) for bound in bounds[1:]]
+            out[here] = source.read(path, (slice(first + here.start, first + here.stop), *rest))
+        return out
 
     return jax.make_array_from_callback(tensor.shape, sharding, part)

@@ -6,8 +6,9 @@ for bit, and tell which tensors are missing or left over.
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from vlm_jax.errors import DataError
@@ -146,6 +147,31 @@ def to_theirs(rows: list[Row], arrays: list[np.ndarray]) -> np.ndarray:
     grouped = [array.reshape(groups, -1, *array.shape[1:]) for array in arrays]
     stacked = np.stack(grouped, axis=1)
     return stacked.reshape(-1, *arrays[0].shape[1:])
+
+
+class Theirs(NamedTuple):
+    """A tensor of theirs: its shape, and which layer of which rows of ours it holds."""
+
+    shape: tuple[int, ...]
+    parts: list[tuple[Row, int | None]]
+
+
+def theirs_of(rows: Iterable[Row], leaves: Mapping[str, Any]) -> dict[str, Theirs]:
+    """Their tensors by name, in the order of the table."""
+    found: dict[str, Theirs] = {}
+    for row in rows:
+        if row.ours not in leaves:
+            continue
+        shape, stacked = leaves[row.ours].shape, "{}" in row.theirs
+        one = jax.ShapeDtypeStruct(shape[1:] if stacked else shape, np.float32)
+        out = jax.eval_shape(LAYOUTS[row.layout].theirs, one).shape
+        out = (out[0] * row.part[1], *out[1:]) if row.part[1] > 1 else out
+        for layer, name in enumerate(row.names(layers_of(row.ours, shape))):
+            entry = found.setdefault(name, Theirs(out, []))
+            entry.parts.append((row, layer if stacked else None))
+    for entry in found.values():
+        entry.parts.sort(key=lambda part: part[0].part)
+    return found
 
 
 def gather(
