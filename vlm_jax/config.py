@@ -195,6 +195,21 @@ FULL = (
 
 
 @dataclasses.dataclass(frozen=True)
+class Init:
+    """Where a part of a new run's parameters comes from.
+
+    Attributes:
+      folder: what `python -m vlm_jax.convert import` wrote.
+      part: which parameters: "encoder", "connector", "decoder", "extra_encoders/0"; "" = all.
+      source: what the part is called in that folder, if otherwise.
+    """
+
+    folder: str
+    part: str = ""
+    source: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class Checkpoint:
     """When the run is saved: every `every` steps (0 = only at the end), the last `keep` kept."""
 
@@ -266,6 +281,7 @@ class Config:
     data: Data
     seed: int = 0
     train: Train = Train()
+    init: tuple[Init, ...] = ()
     adaptation: tuple[Rule, ...] = FULL
     checkpoint: Checkpoint = Checkpoint()
     tracking: Tracking = Tracking()

@@ -12,7 +12,7 @@ from jaxtyping import Array, Int, UInt32
 from vlm_jax.config import Config
 from vlm_jax.models import params
 from vlm_jax.parallel import sharding
-from vlm_jax.training import optimizer
+from vlm_jax.training import initial, optimizer
 from vlm_jax.training.adaptation import Plan
 
 # Drawing hundreds of parameters is one large program that runs once: on a CPU, LLVM spent 15 s on
@@ -46,10 +46,16 @@ class State:
         return {**self.frozen, **(self.trainable if self.ema is None else self.ema)}
 
 
-def fresh(config: Config, plan: Plan) -> State:
-    """A new run's state; pure, made under jit by `create`."""
+def fresh(config: Config, plan: Plan, loaded: dict[str, Array] | None = None) -> State:
+    """A new run's state; pure, made under jit by `create`.
+
+    Args:
+      config: the run.
+      plan: which parameters train.
+      loaded: parameters that are not drawn, by path.
+    """
     init_key, dropout_key = jax.random.split(jax.random.key(config.seed))
-    trainable, frozen = plan.split(params.init(config.model, init_key))
+    trainable, frozen = plan.split(params.init(config.model, init_key) | (loaded or {}))
     trainable = {path: leaf.astype(jnp.float32) for path, leaf in trainable.items()}
     return State(
         step=jnp.zeros((), jnp.int32),
@@ -63,7 +69,7 @@ def fresh(config: Config, plan: Plan) -> State:
 
 def abstract(config: Config, plan: Plan, mesh: Mesh) -> State:
     """Shapes, dtypes and shardings of the state on `mesh`; nothing is allocated."""
-    shapes = jax.eval_shape(lambda: fresh(config, plan))
+    shapes = jax.eval_shape(lambda loaded: fresh(config, plan, loaded), initial.shapes(config))
     places = sharding.named(mesh, plan.shapes, params.axes)
 
     def place(keys: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -94,9 +100,15 @@ def shardings(state: State) -> State:
 
 
 def create(config: Config, plan: Plan, mesh: Mesh) -> State:
-    """A new run's state, each shard made on its own device."""
+    """A new run's state, each shard made or read on its own device."""
     places = shardings(abstract(config, plan, mesh))
+    loaded = initial.load(config, sharding.named(mesh, plan.shapes, params.axes))
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     options = QUICK_COMPILE if on_cpu else None
-    init = jax.jit(lambda: fresh(config, plan), out_shardings=places, compiler_options=options)
-    return init()
+    init = jax.jit(
+        lambda loaded: fresh(config, plan, loaded),
+        out_shardings=places,
+        donate_argnums=0,
+        compiler_options=options,
+    )
+    return init(loaded)

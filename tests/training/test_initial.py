@@ -1,0 +1,66 @@
+"""Runs that start from imported weights."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from vlm_jax import config as configs
+from vlm_jax.errors import ConfigError
+from vlm_jax.models import params
+from vlm_jax.parallel import mesh
+from vlm_jax.training import adaptation
+from vlm_jax.training import state as states
+from vlm_jax.weights import files, store
+
+
+def folder(path, model, dtype=np.float16) -> dict[str, np.ndarray]:
+    """Writes a model's folder with random leaves; returns them."""
+    rng = np.random.default_rng(0)
+    shapes = params.abstract(model)
+    leaves = {p: rng.normal(size=leaf.shape).astype(dtype) for p, leaf in shapes.items()}
+    path.mkdir()
+    files.write(path / store.PARAMETERS, leaves, lambda name: [leaves[name]])
+    store.write_config(store.Stored(path, model, "llama", {}))
+    return leaves
+
+
+def test_parts_come_from_their_folders_and_frozen_ones_keep_their_dtype(tmp_path):
+    config = tiny.config()
+    leaves = folder(tmp_path / "tower", configs.Model(decoder=config.model.decoder))
+    config = dataclasses.replace(
+        config,
+        init=(configs.Init(str(tmp_path / "tower"), "decoder"),),
+        adaptation=(configs.Rule(r"decoder/stack/.*", mode="frozen"), configs.Rule(r".*")),
+    )
+    plan = adaptation.plan(params.abstract(config.model), config.adaptation)
+    made = mesh.make(configs.Parallel(data=1, fsdp=2), jax.devices()[:2])
+    state = states.create(config, plan, made)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), state) == jax.tree.map(
+        lambda x: (x.shape, x.dtype, x.sharding), states.abstract(config, plan, made)
+    )
+    everything = {**state.frozen, **state.trainable}
+    for path, leaf in leaves.items():
+        np.testing.assert_array_equal(everything[path], leaf)
+        frozen = path.startswith("decoder/stack/")
+        assert everything[path].dtype == (np.float16 if frozen else np.float32)
+    drawn = states.create(dataclasses.replace(config, init=()), plan, made)
+    np.testing.assert_array_equal(
+        everything["encoder/stem/embed/kernel"], drawn.trainable["encoder/stem/embed/kernel"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "message"),
+    [("decoder", {"mlp": 7}, "presets are not those"), ("head", {}, "no part 'head'")],
+)
+def test_a_folder_of_another_model_is_refused(part, changes, message, tmp_path):
+    config = tiny.config()
+    other = dataclasses.replace(config.model.decoder, **changes)
+    folder(tmp_path / "tower", configs.Model(decoder=other))
+    config = dataclasses.replace(config, init=(configs.Init(str(tmp_path / "tower"), part),))
+    plan = adaptation.plan(params.abstract(config.model), config.adaptation)
+    with pytest.raises(ConfigError, match=message):
+        states.create(config, plan, mesh.make(configs.Parallel(), jax.devices()[:1]))
