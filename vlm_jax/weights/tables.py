@@ -110,6 +110,18 @@ LAYOUTS = {
     # Scales with their one added, ours without (llama.cpp's Gemmas); exact but for scales below
     # a half that are no sum of one and a float32.
     "plus_one": Layout(lambda x, shape: x.reshape(shape) - 1, lambda x: x + 1),
+    # big_vision's: one axis more in front; patches with their channels last; queries, keys and
+    # values with the heads in front, alone or as parts of one array.
+    "first": Layout(lambda x, shape: x.reshape(shape), lambda x: x[None]),
+    "patch_last": Layout(
+        lambda x, shape: x.reshape(shape), lambda x: _square(x).transpose(2, 3, 1, 0)
+    ),
+    "heads_first": Layout(
+        lambda x, shape: x.swapaxes(0, 1).reshape(shape), lambda x: x.swapaxes(0, 1)
+    ),
+    "heads_first_part": Layout(
+        lambda x, shape: x[0].swapaxes(0, 1).reshape(shape), lambda x: x.swapaxes(0, 1)[None]
+    ),
 }
 
 

@@ -190,7 +190,7 @@ def _tensor(storage, offset, shape, strides, *_) -> _Tensor:
 
 # What a pickle may call, and what is made here instead.
 _BUILDERS: dict[str, Callable] = {
-    "collections.OrderedDict": lambda: {},
+    "collections.OrderedDict": dict,
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_parameter": lambda data, *_: data,
 }
@@ -257,9 +257,10 @@ class _Machine:
 
 
 _OPCODES: dict[str, Callable[[_Machine, Any], None]] = {
-    "PROTO": lambda m, _: None,
+    **dict.fromkeys(("PROTO", "FRAME"), lambda m, _: None),
     "MARK": lambda m, _: m.push(m.mark),
     "GLOBAL": _Machine.named,
+    "STACK_GLOBAL": lambda m, _: m.named(" ".join(m.last(2))),
     "EMPTY_DICT": lambda m, _: m.push({}),
     "EMPTY_LIST": lambda m, _: m.push([]),
     "EMPTY_TUPLE": lambda m, _: m.push(()),
@@ -277,10 +278,15 @@ _OPCODES: dict[str, Callable[[_Machine, Any], None]] = {
     "REDUCE": lambda m, _: m.reduce(),
     "BUILD": lambda m, _: m.build(),
     "BINPERSID": lambda m, _: m.push(_storage(*m.stack.pop())),
+    "MEMOIZE": lambda m, _: m.put(len(m.memo)),
     **dict.fromkeys(("BINPUT", "LONG_BINPUT"), _Machine.put),
     **dict.fromkeys(("BINGET", "LONG_BINGET"), _Machine.get),
     **dict.fromkeys(
-        ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE"), _Machine.push
+        (
+            *("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"),
+            *("BINUNICODE", "SHORT_BINUNICODE"),
+        ),
+        _Machine.push,
     ),
 }
 

@@ -1,0 +1,196 @@
+"""GGUF: what a file says against what we read, and its logits against those of transformers."""
+
+import dataclasses
+import json
+import pathlib
+
+import numpy as np
+import pytest
+import tokenizers
+
+pytest.importorskip("gguf")
+
+import gguf
+from gguf_cases import CASES, TOKENS, write
+from towers import assert_close, assert_whole, logits, shapes
+
+from vlm_jax.config import Model
+from vlm_jax.data import tokenizer
+from vlm_jax.errors import ConfigError, DataError
+from vlm_jax.weights import gguf_tokenizer
+from vlm_jax.weights.families import llama_cpp
+from vlm_jax.weights.gguf import Gguf
+
+GOLDENS = pathlib.Path(__file__).parents[1] / "goldens" / "weights_gguf.npz"
+
+
+@pytest.fixture(scope="module", params=CASES)
+def read(request, tmp_path_factory):
+    """Name of a case, its file, and its leaves."""
+    case = CASES[request.param]
+    path = tmp_path_factory.mktemp("gguf") / "model.gguf"
+    write(path, case)
+    file = Gguf(path)
+    assert file.decoder() == case.decoder
+    wanted = shapes(Model(decoder=case.decoder), "decoder/")
+    leaves = assert_whole(file.rows(), file, wanted, llama_cpp.CARRIED)
+    return request.param, file, leaves
+
+
+def test_logits_equal_those_of_transformers_reading_the_same_file(read):
+    name, _, leaves = read
+    found = logits(Model(decoder=CASES[name].decoder), leaves, TOKENS)
+    assert_close(found, np.load(GOLDENS)[name])
+
+
+@pytest.mark.slow
+def test_the_kept_logits_are_those_that_transformers_gives_today(tmp_path):
+    pytest.importorskip("torch")
+    import gguf_theirs
+
+    for name, kept in np.load(GOLDENS).items():
+        assert_close(kept, gguf_theirs.logits(name, tmp_path), 1e-6)
+
+
+def test_eight_and_four_bits_mean_what_ggml_says(tmp_path):
+    # ggml-common.h: q8_0 is a float16 and 32 int8; q4_1 is scale, least value and 16 bytes whose
+    # low halves come before their high halves.
+    case = CASES["llama_quantised"]
+    path = tmp_path / "model.gguf"
+    write(path, case)
+    file = Gguf(path)
+    raw = {tensor.name: tensor.data for tensor in gguf.GGUFReader(path).tensors}
+
+    blocks = raw["token_embd.weight"].reshape(-1, 34)
+    scale = blocks[:, :2].copy().view(np.float16).astype(np.float32)
+    wanted = scale * blocks[:, 2:].view(np.int8)
+    np.testing.assert_array_equal(file.read("token_embd.weight").reshape(-1, 32), wanted)
+
+    blocks = raw["blk.0.ffn_up.weight"].reshape(-1, 20)
+    scale, least = blocks[:, :4].copy().view(np.float16).astype(np.float32).T[:, :, None]
+    digits = np.concatenate([blocks[:, 4:] & 15, blocks[:, 4:] >> 4], axis=1)
+    wanted = scale * digits + least
+    np.testing.assert_array_equal(file.read("blk.0.ffn_up.weight").reshape(-1, 32), wanted)
+
+
+@pytest.mark.parametrize(
+    "metadata, words",
+    [
+        ({"expert_count": 8}, "llama.expert_count is 8"),
+        ({"rope.scaling.type": "yarn"}, "rope.scaling.type is 'yarn'"),
+        ({"rope.dimension_count": 8}, "rope.dimension_count is 8"),
+        ({"attention.value_length": 20}, "attention.value_length is 20"),
+    ],
+)
+def test_a_setting_that_no_field_says_is_refused_by_name(tmp_path, metadata, words):
+    write(tmp_path / "model.gguf", CASES["llama"], metadata)
+    with pytest.raises(ConfigError, match=words):
+        Gguf(tmp_path / "model.gguf").decoder()
+
+
+def test_an_unknown_architecture_is_refused_by_name(tmp_path):
+    write(tmp_path / "model.gguf", dataclasses.replace(CASES["llama"], architecture="mamba"))
+    with pytest.raises(ConfigError, match="architecture is 'mamba'; expected one of llama"):
+        Gguf(tmp_path / "model.gguf").decoder()
+
+
+def test_other_factors_on_rotary_frequencies_than_llama3s_are_refused(tmp_path):
+    write(tmp_path / "model.gguf", CASES["llama3"], {"rope.freq_base": 400_000.0})
+    with pytest.raises(ConfigError, match="rope_freqs are not those of Llama 3"):
+        Gguf(tmp_path / "model.gguf").decoder()
+
+
+def test_a_file_cut_short_or_of_another_kind_is_refused(tmp_path):
+    path = tmp_path / "model.gguf"
+    write(path, CASES["qwen2"])
+    whole = path.read_bytes()
+    for length in (0, 3, 24, 200, 1000, len(whole) // 2, len(whole) - 40):
+        path.write_bytes(whole[:length])
+        with pytest.raises(DataError, match=r"model\.gguf cannot be read as GGUF"):
+            Gguf(path)
+    path.write_bytes(b"PK\x03\x04" + whole[4:])
+    with pytest.raises(DataError, match="magic"):
+        Gguf(path)
+
+
+SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+TEXTS = [
+    "The year 2026, it's here: naïve café, 12345 + 6.7!\n\n  Two  spaces\tand a tab ",
+    "<|im_start|>user\nHi there<|im_end|>\n",
+    "日本語 🙂 don't DON'T",
+    "",
+]
+
+
+def trained(pre: tokenizers.pre_tokenizers.PreTokenizer) -> tokenizers.Tokenizer:
+    """A byte-level BPE of our own, as models are published with."""
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer, made.decoder = pre, tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=SPECIALS,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    made.train_from_iterator([*TEXTS, *pathlib.Path(__file__).read_text().split("\n")], trainer)
+    return made
+
+
+def metadata(made: tokenizers.Tokenizer, pre: str) -> dict:
+    """What llama.cpp's converter writes of a tokenizer."""
+    vocab = sorted(made.get_vocab().items(), key=lambda item: item[1])
+    merges = json.loads(made.to_str())["model"]["merges"]
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": [token for token, _ in vocab],
+        "tokenizer.ggml.token_type": [3 if token in SPECIALS else 1 for token, _ in vocab],
+        "tokenizer.ggml.merges": [m if isinstance(m, str) else " ".join(m) for m in merges],
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.chat_template": "{{ messages }}",
+    }
+
+
+def test_a_tokenizer_of_the_metadata_cuts_text_as_the_original(tmp_path):
+    made = trained(
+        tokenizers.pre_tokenizers.Sequence(
+            [
+                tokenizers.pre_tokenizers.Digits(individual_digits=True),
+                tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
+            ]
+        )
+    )
+    gguf_tokenizer.save(metadata(made, "smollm"), tmp_path)
+    again = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for text in TEXTS:
+        ids = made.encode(text).ids
+        assert again.encode(text).ids == ids
+        assert again.decode(ids) == made.decode(ids)
+    ours = tokenizer.load(str(tmp_path))
+    assert (ours.bos, ours.eos, ours.size) == (0, 2, made.get_vocab_size())
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert config["chat_template"] == "{{ messages }}"
+    assert (config["bos_token"], config["eos_token"]) == ("<|im_start|>", "<|im_end|>")
+
+
+def test_digits_stay_together_as_each_family_has_them():
+    made = trained(tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False))
+    text = "AB 12345\n\n x"
+    cuts = {}
+    for pre in gguf_tokenizer.PRE_TOKENIZERS:
+        built = gguf_tokenizer.build(metadata(made, pre))
+        cuts[pre] = [word for word, _ in built.pre_tokenizer.pre_tokenize_str(text)]
+    assert cuts == {
+        "gpt-2": ["AB", "Ġ12345", "ĊĊ", "Ġx"],
+        "smollm": ["AB", "Ġ", "1", "2", "3", "4", "5", "ĊĊ", "Ġx"],
+        "llama-bpe": ["AB", "Ġ", "123", "45", "ĊĊ", "Ġx"],
+        "qwen2": ["AB", "Ġ", "1", "2", "3", "4", "5", "ĊĊ", "Ġx"],
+    }
+
+
+@pytest.mark.parametrize("key, value", [("model", "llama"), ("pre", "tekken")])
+def test_a_tokenizer_of_another_kind_is_refused_by_name(key, value):
+    made = trained(tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False))
+    with pytest.raises(ConfigError, match=f"tokenizer.ggml.{key} is '{value}'"):
+        gguf_tokenizer.build(metadata(made, "gpt-2") | {f"tokenizer.ggml.{key}": value})
