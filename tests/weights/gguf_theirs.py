@@ -88,7 +88,10 @@ def _gemma(case: Case, config) -> torch.nn.Module:
         "ffn_up": "mlp.up_proj",
         "ffn_down": "mlp.down_proj",
     }
-    names = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
+    names = {
+        "token_embd.weight": "model.embed_tokens.weight",
+        "output_norm.weight": "model.norm.weight",
+    }
     for i in range(case.decoder.depth):
         for ours, theirs in parts.items():
             names[f"blk.{i}.{ours}.weight"] = f"model.layers.{i}.{theirs}.weight"
