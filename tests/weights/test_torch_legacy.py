@@ -114,7 +114,7 @@ def test_a_file_cut_short_is_refused_wherever_it_ends(tmp_path, container):
     path = tmp_path / "f.pth"
     for length in range(0, len(whole) - 1, 61):
         path.write_bytes(whole[:length])
-        with pytest.raises(DataError, match="f.pth"):
+        with pytest.raises(DataError, match=r"f\.pth"):
             TorchFile(path)
 
 

@@ -34,8 +34,8 @@ def read(shapes: Shapes, image_size: int | tuple[int, int] | None = None) -> Mod
     Raises:
       ConfigError: it is another kind of model, or the image size is not known.
     """
-    root = "img/" if any(name.startswith("img/") for name in shapes) else ""
-    tower = {n.removeprefix(root): s for n, s in shapes.items() if n.startswith(root)}
+    before = root(shapes)
+    tower = {n.removeprefix(before): s for n, s in shapes.items() if n.startswith(before)}
     language = {n.removeprefix("llm/"): s for n, s in shapes.items() if n.startswith("llm/")}
     encoder = read_encoder(tower, image_size)
     if not language:
@@ -44,6 +44,11 @@ def read(shapes: Shapes, image_size: int | tuple[int, int] | None = None) -> Mod
     if shapes.get("img/head/kernel") != (encoder.width, decoder.width):
         raise ConfigError("the checkpoint has an llm/ but no img/head between its widths")
     return Model(encoder, Connector("linear"), decoder)
+
+
+def root(shapes: Shapes) -> str:
+    """What stands before the names of the encoder: "img/" where it is one of several towers."""
+    return "img/" if any(name.startswith("img/") for name in shapes) else ""
 
 
 def read_encoder(shapes: Shapes, image_size: int | tuple[int, int] | None = None) -> Encoder:
@@ -132,9 +137,8 @@ def _depth(shapes: Shapes, name: str) -> int:
     return depth
 
 
-def rows(model: Model) -> list[Row]:
-    """Where the leaves of a whole model are."""
-    root = "img/" if model.decoder is not None else ""
+def rows(model: Model, root: str) -> list[Row]:
+    """Where the leaves of a whole model are; `root` stands before those of its encoder."""
     table = placed(encoder_rows(model.encoder), "encoder/", root)
     if model.connector is not None:
         table += placed(_dense("layers/0", "head"), "connector/", root)
