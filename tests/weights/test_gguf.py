@@ -121,6 +121,25 @@ def test_only_the_largest_gemmas_divide_scores_by_another_number_than_the_head_d
     assert found.query_scale == wanted
 
 
+def test_gemmas_whose_window_is_not_said_have_the_published_one_or_are_refused():
+    said = {
+        "embedding_length": 96,
+        "block_count": 2,
+        "feed_forward_length": 160,
+        "attention.head_count": 6,
+        "attention.layer_norm_rms_epsilon": 1e-6,
+    }
+    files = {
+        name: {f"{name}.{key}": value for key, value in said.items()}
+        | {"general.architecture": name}
+        for name in ("gemma2", "gemma3")
+    }
+    embedding = {"token_embd.weight": (53, 96)}
+    assert llama_cpp.read(files["gemma2"], embedding, None).window == 4096
+    with pytest.raises(ConfigError, match=r"lacks gemma3\.attention\.sliding_window"):
+        llama_cpp.read(files["gemma3"], embedding, None)
+
+
 def test_an_unknown_architecture_is_refused_by_name(tmp_path):
     write(tmp_path / "model.gguf", dataclasses.replace(CASES["llama"], architecture="mamba"))
     with pytest.raises(ConfigError, match="architecture is 'mamba'; expected one of llama"):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from npz_cases import CASES, PIXELS, TOKENS, arrays
-from towers import assert_close, assert_whole, everything, features, logits, shapes
+from towers import assert_close, assert_whole, features, logits, shapes
 
 from vlm_jax.config import Model
 from vlm_jax.errors import ConfigError, DataError
@@ -39,8 +39,11 @@ def read(request, tmp_path_factory):
 
 
 def test_a_file_goes_in_and_out_with_the_same_names_and_bits(read, tmp_path):
-    name, file, _, _ = read
-    npz.write(tmp_path / "again.npz", everything(file), file.form)
+    name, file, model, leaves = read
+    found = tables.scatter(big_vision.rows(model, big_vision.root(file.shapes)), leaves)
+    carried = file.shapes.keys() - found.keys()
+    assert bool(carried) == name.startswith("siglip")
+    npz.write(tmp_path / "again.npz", found | {n: file.read(n) for n in carried}, file.form)
     wanted = arrays(name)
     with np.load(tmp_path / "again.npz", allow_pickle=False) as found:
         assert set(found) == set(wanted)

@@ -24,10 +24,8 @@ class Gguf:
     """
 
     def __init__(self, path: str | os.PathLike):
-        reader = _open(path)
         self.path = path
-        self.metadata: dict[str, Any] = {k: f.contents() for k, f in reader.fields.items()}
-        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+        self.metadata, self._tensors = _open(path)
         # ggml counts axes from the fastest one.
         self.shapes = {
             name: tuple(int(n) for n in reversed(tensor.shape))
@@ -60,7 +58,8 @@ class Gguf:
         return llama_cpp.rows(self.decoder(), self.metadata["general.architecture"])
 
 
-def _open(path: str | os.PathLike):
+def _open(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Metadata, and the package's view of each tensor by name."""
     try:
         from gguf import GGUFReader
     except ImportError as error:
@@ -68,7 +67,9 @@ def _open(path: str | os.PathLike):
             f"reading {path} needs the package gguf: pip install 'vlm_jax[pretrained]'"
         ) from error
     try:
-        return GGUFReader(path)
+        reader = GGUFReader(path)
+        metadata = {key: field.contents() for key, field in reader.fields.items()}
+        return metadata, {tensor.name: tensor for tensor in reader.tensors}
     # What numpy and the package raise where bytes are missing or make no sense.
     except (OSError, ValueError, IndexError, KeyError, OverflowError) as error:
         raise DataError(f"{path} cannot be read as GGUF: {error}") from error

@@ -24,12 +24,14 @@ BLOCK = "stack/blocks/"
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def read(shapes: Shapes, image_size: int | tuple[int, int] | None = None) -> Model:
+def read(shapes: Shapes, image_size: int | tuple[int, int] | None = None, **decoder: Any) -> Model:
     """The model of a checkpoint.
 
     Args:
       shapes: of its parameters, as `weights.npz` shows them.
       image_size: of its encoder; by default images are squares, which learned positions count.
+      **decoder: fields of its decoder, where they are not those of the published sizes
+        (PaliGemma 2 was tuned on some tasks with `logit_cap=0.0`).
 
     Raises:
       ConfigError: it is another kind of model, or the image size is not known.
@@ -40,10 +42,10 @@ def read(shapes: Shapes, image_size: int | tuple[int, int] | None = None) -> Mod
     encoder = read_encoder(tower, image_size)
     if not language:
         return Model(encoder=encoder)
-    decoder = read_decoder(language)
-    if shapes.get("img/head/kernel") != (encoder.width, decoder.width):
+    gemma = read_decoder(language, **decoder)
+    if shapes.get("img/head/kernel") != (encoder.width, gemma.width):
         raise ConfigError("the checkpoint has an llm/ but no img/head between its widths")
-    return Model(encoder, Connector("linear"), decoder)
+    return Model(encoder, Connector("linear"), gemma)
 
 
 def root(shapes: Shapes) -> str:

@@ -24,7 +24,13 @@ ARCHITECTURES = {
     "qwen2": {},
     "qwen3": {},
     "gemma": _GEMMA,
-    "gemma2": _GEMMA | {"pattern": ("local", "global"), "attention_cap": 50.0, "logit_cap": 30.0},
+    "gemma2": _GEMMA
+    | {
+        "pattern": ("local", "global"),
+        "window": 4096,
+        "attention_cap": 50.0,
+        "logit_cap": 30.0,
+    },
     "gemma3": _GEMMA | {"pattern": ("local",) * 5 + ("global",), "local_theta": 10_000.0},
 }
 # Those whose 27B, known by its number of layers, divides scores by the root of width / heads.
@@ -79,7 +85,7 @@ def read(
         rope_factor=_decimal(get("rope.scaling.factor", 1.0)),
         tied="output.weight" not in shapes,
     )
-    decoder = dataclasses.replace(decoder, **ARCHITECTURES[name], **_window(name, get))
+    decoder = dataclasses.replace(decoder, **ARCHITECTURES[name] | _window(name, get))
     caps = {
         "attention_cap": _decimal(get("attn_logit_softcapping", decoder.attention_cap)),
         "logit_cap": _decimal(get("final_logit_softcapping", decoder.logit_cap)),
@@ -89,10 +95,13 @@ def read(
 
 
 def _window(name: str, get: Callable) -> dict[str, Any]:
-    window = get("attention.sliding_window", 0)
-    if "pattern" in ARCHITECTURES[name]:
-        return {"window": window}
-    return {"window": window, "pattern": ("local",)} if window else {}
+    traits = ARCHITECTURES[name]
+    window = get("attention.sliding_window", traits.get("window", 0))
+    if "pattern" not in traits:
+        return {"window": window, "pattern": ("local",)} if window else {}
+    if not window:
+        raise ConfigError(f"the GGUF file lacks {name}.attention.sliding_window")
+    return {"window": window}
 
 
 def _check(name: str, get: Callable, shapes: Collection[str]) -> None:
