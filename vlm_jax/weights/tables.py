@@ -65,6 +65,18 @@ def _square(array: np.ndarray) -> np.ndarray:
     return array.reshape(side, side, 3, -1).transpose(3, 2, 0, 1)
 
 
+def _halves(array: np.ndarray) -> np.ndarray:
+    """Per head [H, K, ...], rotary pairs that stand side by side moved K / 2 apart."""
+    heads, size, *rest = array.shape
+    return array.reshape(heads, size // 2, 2, *rest).swapaxes(1, 2).reshape(array.shape)
+
+
+def _pairs(array: np.ndarray) -> np.ndarray:
+    """The inverse of `_halves`."""
+    heads, size, *rest = array.shape
+    return array.reshape(heads, 2, size // 2, *rest).swapaxes(1, 2).reshape(array.shape)
+
+
 # Torch stores the matrix of a linear layer as [out, in] and a convolution's kernel as
 # [out, in, height, width].
 LAYOUTS = {
@@ -88,6 +100,29 @@ LAYOUTS = {
     "token": Layout(lambda x, shape: x.reshape(shape), lambda x: x.reshape(1, 1, -1)),
     "row": Layout(lambda x, shape: x.reshape(shape), lambda x: x.reshape(1, -1)),
     "number": Layout(lambda x, shape: x.reshape(shape), lambda x: x.reshape(1)),
+    # "linear" and "flat" of queries and keys whose rotary pairs stand side by side (llama.cpp).
+    "linear_pairs": Layout(
+        lambda x, shape: np.moveaxis(_halves(x.reshape(*shape[1:], -1)), -1, 0),
+        lambda x: _pairs(np.moveaxis(x, 0, -1)).reshape(-1, x.shape[0]),
+    ),
+    "flat_pairs": Layout(
+        lambda x, shape: _halves(x.reshape(shape)), lambda x: _pairs(x).reshape(-1)
+    ),
+    # Scales with their one added, ours without (llama.cpp's Gemmas); exact but for scales below
+    # a half that are no sum of one and a float32.
+    "plus_one": Layout(lambda x, shape: x.reshape(shape) - 1, lambda x: x + 1),
+    # big_vision's: one axis more in front; patches with their channels last; queries, keys and
+    # values with the heads in front, alone or as parts of one array.
+    "first": Layout(lambda x, shape: x.reshape(shape), lambda x: x[None]),
+    "patch_last": Layout(
+        lambda x, shape: x.reshape(shape), lambda x: _square(x).transpose(2, 3, 1, 0)
+    ),
+    "heads_first": Layout(
+        lambda x, shape: x.swapaxes(0, 1).reshape(shape), lambda x: x.swapaxes(0, 1)
+    ),
+    "heads_first_part": Layout(
+        lambda x, shape: x[0].swapaxes(0, 1).reshape(shape), lambda x: x.swapaxes(0, 1)[None]
+    ),
 }
 
 
