@@ -4,9 +4,10 @@ python -m vlm_jax.convert import SOURCE DIR
 python -m vlm_jax.convert export DIR HF_DIR
 python -m vlm_jax.convert check DIR INPUTS.npz OUTPUTS.npz --new_tokens=16
 
-SOURCE is a folder as transformers writes it, with config.json and safetensors. `check` feeds the
-arrays that `forward` of transformers takes, by keyword, and writes float32 `logits` (of an encoder
-alone `last_hidden_state`) and greedy `tokens`. Nothing that came with weights is ever executed.
+SOURCE is a folder as transformers writes it, with config.json and safetensors; a decoder's .gguf;
+or a .npz of big_vision, which goes out as one again where HF_DIR ends so. `check` feeds the arrays
+that `forward` of transformers takes, by keyword, and writes float32 `logits` (of an encoder alone
+`last_hidden_state`) and greedy `tokens`. Nothing that came with weights is ever executed.
 """
 
 from collections.abc import Sequence
@@ -37,9 +38,7 @@ def import_(source: Path, target: Path) -> None:
     """Turns published weights into a model's folder."""
     from vlm_jax.weights import conversion
 
-    if not source.exists():
-        raise DataError(f"{source} does not exist")
-    stored = conversion.import_folder(source, target)
+    stored = conversion.import_weights(source, target)
     numbers = sum(int(np.prod(leaf.shape)) for leaf in stored.parameters.tensors.values())
     print(f"{target}: {stored.family}, {numbers:,} parameters")
 
@@ -48,7 +47,11 @@ def export(source: Path, target: Path) -> None:
     """Writes a model's folder as transformers loads it."""
     from vlm_jax.weights import conversion, store
 
-    conversion.export_folder(store.open_model(source), target, _FAMILY.value)
+    stored = store.open_model(source)
+    if target.suffix == ".npz":
+        conversion.export_npz(stored, target)
+    else:
+        conversion.export_folder(stored, target, _FAMILY.value)
     print(target)
 
 

@@ -1,5 +1,6 @@
 """From published folders to ours and back, tensor by tensor, so that memory holds one at a time."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -13,9 +14,18 @@ import numpy as np
 from vlm_jax import config as configs
 from vlm_jax.errors import ConfigError, DataError
 from vlm_jax.models import params
-from vlm_jax.weights import files, store
+from vlm_jax.weights import files, gguf, gguf_tokenizer, npz, registry, store
+from vlm_jax.weights.families import big_vision
 from vlm_jax.weights.registry import Family, family
-from vlm_jax.weights.tables import Row, layers_of, theirs_of, to_ours, to_theirs
+from vlm_jax.weights.tables import (
+    Row,
+    layers_of,
+    placed,
+    scatter,
+    theirs_of,
+    to_ours,
+    to_theirs,
+)
 
 # Files of a published folder that export gives back.
 KEPT = (
@@ -31,8 +41,61 @@ KEPT = (
 SHOWN = 3  # names in a message
 
 
+def import_weights(source: Path, target: Path) -> store.Stored:
+    """Turns published weights into one of our folders.
+
+    Args:
+      source: a folder of transformers, or a file whose suffix is a key of FILES.
+      target: the folder to write.
+
+    Raises:
+      ConfigError: they are of a kind that no preset describes.
+      DataError: they are missing, damaged or not what their config promises.
+    """
+    if source.is_dir():
+        return import_folder(source, target)
+    if not source.is_file():
+        raise DataError(f"{source} does not exist")
+    if source.suffix not in FILES:
+        raise DataError(f"{source}: expected a folder, or a file of {', '.join(FILES)}")
+    return FILES[source.suffix](source, target)
+
+
+def import_gguf(source: Path, target: Path) -> store.Stored:
+    """Turns a GGUF decoder and its tokenizer into one of our folders; see `import_weights`."""
+    file = gguf.Gguf(source)
+    model, kind = configs.Model(decoder=file.decoder()), file.model_type
+    known = dataclasses.replace(
+        family(kind),
+        rows=lambda model: placed(file.rows(), "decoder/"),
+        carried=lambda model: (),
+        ignored=gguf.IGNORED,
+        renames=(),
+    )
+    stored = store.Stored(target, model, kind, {})
+    import_tensors(file, stored, known)
+    gguf_tokenizer.save(file.metadata, target / store.SOURCE)
+    store.write_config(stored)
+    return stored
+
+
+def import_npz(source: Path, target: Path) -> store.Stored:
+    """Turns a checkpoint of big_vision into one of our folders; see `import_weights`."""
+    file = npz.Npz(source)
+    root = big_vision.root(file.shapes)
+    form = {"prefix": file.form.prefix, "stacked": sorted(file.form.stacked), "root": root}
+    stored = store.Stored(target, big_vision.read(file.shapes), big_vision.FAMILY, form)
+    import_tensors(file, stored, registry.big_vision_family(root))
+    store.write_config(stored)
+    return stored
+
+
+# How a file is imported, by its suffix.
+FILES = {".gguf": import_gguf, ".npz": import_npz}
+
+
 def import_folder(source: Path, target: Path) -> store.Stored:
-    """Turns a published folder into one of ours.
+    """Turns a folder of transformers into one of ours.
 
     Raises:
       ConfigError: its config.json says what no preset does.
@@ -59,14 +122,14 @@ def import_tensors(source: files.Source, stored: store.Stored, known: Family) ->
     Raises:
       DataError: a tensor is missing, left over, or of another shape.
     """
-    names = _canonical(source.tensors, known.renames)
+    names = _canonical(source.shapes, known.renames)
     leaves = params.abstract(stored.model)
     rows = {row.ours: row for row in known.rows(stored.model)}
-    _check(stored.model, known, leaves, {n: source.tensors[o] for n, o in names.items()})
+    _check(stored.model, known, leaves, {n: source.shapes[o] for n, o in names.items()})
     stored.path.mkdir(parents=True, exist_ok=True)
     (stored.path / "config.json").unlink(missing_ok=True)
     dtypes = {path: _dtype(source, names, rows[path]) for path in leaves}
-    shapes = {p: jax.ShapeDtypeStruct(leaf.shape, dtypes[p]) for p, leaf in leaves.items()}
+    shapes = {path: _struct(leaf.shape, dtypes[path]) for path, leaf in leaves.items()}
 
     def layers(path: str) -> Iterator[np.ndarray]:
         row, shape = rows[path], leaves[path].shape
@@ -77,7 +140,7 @@ def import_tensors(source: files.Source, stored: store.Stored, known: Family) ->
 
     files.write(stored.path / store.PARAMETERS, shapes, layers)
     carried = _carried(stored.model, known, names)
-    theirs = {name: source.tensors[names[name]] for name in carried}
+    theirs = {n: _struct(source.shapes[names[n]], source.dtypes[names[n]]) for n in carried}
     write = files.write if theirs else lambda path, *_: path.unlink(missing_ok=True)
     write(stored.path / store.CARRIED, theirs, lambda name: [source.read(names[name])])
 
@@ -103,25 +166,24 @@ def _canonical(names: Iterable[str], renames: tuple[tuple[str, str], ...]) -> di
     return found
 
 
-def _check(model: configs.Model, known: Family, leaves, tensors: Mapping[str, Any]) -> None:
-    """Raises DataError unless the tensors are those that the table speaks of."""
+def _check(model: configs.Model, known: Family, leaves, shapes: Mapping[str, tuple]) -> None:
+    """Raises DataError unless these are the tensors that the table speaks of."""
     wanted = theirs_of(known.rows(model), leaves)
-    missing = [name for name in wanted if name not in tensors]
+    missing = [name for name in wanted if name not in shapes]
     if missing:
         raise DataError(
             f"{len(missing)} tensors are missing, the first of them {_first(missing)}: the "
             f"config.json speaks of {len(wanted)}"
         )
     for name, expected in wanted.items():
-        if tuple(tensors[name].shape) != expected.shape:
+        if shapes[name] != expected.shape:
             raise DataError(
-                f"tensor {name} has shape {tuple(tensors[name].shape)}; by config.json it is "
-                f"{expected.shape}"
+                f"tensor {name} has shape {shapes[name]}; by config.json it is {expected.shape}"
             )
     patterns = (*known.carried(model), *known.ignored, *_tied(model))
     extra = [
         name
-        for name in tensors
+        for name in shapes
         if name not in wanted and not any(re.fullmatch(pattern, name) for pattern in patterns)
     ]
     if extra:
@@ -142,13 +204,31 @@ def _first(names: list[str]) -> str:
 
 
 def _dtype(source: files.Source, names: Mapping[str, str], row: Row) -> np.dtype:
-    first = source.tensors[names[row.names(1)[0]]]
-    return np.dtype(first.dtype)
+    return source.dtypes[names[row.names(1)[0]]]
+
+
+def _struct(shape: tuple[int, ...], dtype: np.dtype) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
 
 
 def _carried(model: configs.Model, known: Family, names: Iterable[str]) -> list[str]:
     patterns = known.carried(model)
     return sorted(n for n in names if any(re.fullmatch(pattern, n) for pattern in patterns))
+
+
+def export_npz(stored: store.Stored, target: Path) -> None:
+    """Writes a checkpoint of big_vision, in the form it came in.
+
+    Raises:
+      ConfigError: the model did not come from one.
+    """
+    if stored.family != big_vision.FAMILY:
+        raise ConfigError(f"{stored.path} is of {stored.family}; only big_vision's go out as npz")
+    form, carried = stored.published, stored.carried
+    leaves = {path: stored.parameters.read(path) for path in stored.parameters.shapes}
+    tensors = scatter(big_vision.rows(stored.model, form["root"]), leaves)
+    tensors |= {name: carried.read(name) for name in carried.shapes}
+    npz.write(target, tensors, npz.Form(form["prefix"], frozenset(form["stacked"])))
 
 
 def export_folder(stored: store.Stored, target: Path, model_type: str = "") -> None:
@@ -172,7 +252,7 @@ def export_folder(stored: store.Stored, target: Path, model_type: str = "") -> N
         raise ConfigError(f"{model_type} has no place for {_first(sorted(homeless))}")
     wanted = theirs_of(table, leaves)
     tensors = {
-        name: jax.ShapeDtypeStruct(entry.shape, parameters.tensors[entry.parts[0][0].ours].dtype)
+        name: _struct(entry.shape, parameters.dtypes[entry.parts[0][0].ours])
         for name, entry in wanted.items()
     } | dict(carried.tensors)
 

@@ -43,7 +43,8 @@ class Tensor(NamedTuple):
 class Source(Protocol):
     """Published tensors by name, whatever the format of the file."""
 
-    tensors: Mapping[str, Any]  # values have `shape` and `dtype`
+    shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, np.dtype]
 
     def read(self, name: str) -> np.ndarray:
         """The whole tensor."""
@@ -63,6 +64,8 @@ class Safetensors:
                 if name in self.tensors:
                     raise DataError(f"{path}: tensor {name} is also in {self.tensors[name].path}")
                 self.tensors[name] = tensor
+        self.shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
+        self.dtypes = {name: tensor.dtype for name, tensor in self.tensors.items()}
 
     def read(self, name: str, index: Any = ...) -> np.ndarray:
         """A tensor, or the part of it that `index` names."""

@@ -10,6 +10,10 @@ from vlm_jax.presets.decoders import Decoder
 from vlm_jax.weights.families import llama_cpp
 from vlm_jax.weights.tables import Row
 
+# llama.cpp's architectures that transformers calls otherwise.
+MODEL_TYPES = {"gemma3": "gemma3_text"}
+IGNORED = llama_cpp.CARRIED
+
 
 class Gguf:
     """A GGUF file; it is mapped into memory, so that only what is read is loaded.
@@ -48,6 +52,12 @@ class Gguf:
         except NotImplementedError as error:
             raise DataError(f"{self.path}: tensor {name} cannot be dequantised: {error}") from error
         return np.asarray(array, np.float32).reshape(self.shapes[name])
+
+    @property
+    def model_type(self) -> str:
+        """What transformers calls its architecture."""
+        architecture = self.metadata["general.architecture"]
+        return MODEL_TYPES.get(architecture, architecture)
 
     def decoder(self) -> Decoder:
         """The preset that its metadata and tensors speak of; see `llama_cpp.read`."""

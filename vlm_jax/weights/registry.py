@@ -7,7 +7,7 @@ from typing import Any
 
 from vlm_jax.config import Model
 from vlm_jax.errors import ConfigError
-from vlm_jax.weights.families import gpt_neox, llama, mpt, opt
+from vlm_jax.weights.families import big_vision, gpt_neox, llama, mpt, opt
 from vlm_jax.weights.tables import Row, placed
 
 
@@ -66,6 +66,17 @@ FAMILIES = {
         gpt_neox, "gpt_neox", "GPTNeoXForCausalLM", renames=((r"^embed_out\.", "lm_head."),)
     ),
 }
+
+
+def big_vision_family(root: str) -> Family:
+    """Checkpoints of big_vision, whose encoder's names begin with `root`; they have no config."""
+    return Family(
+        "",
+        read=big_vision.read,
+        write=lambda model: {},
+        rows=lambda model: big_vision.rows(model, root),
+        carried=lambda model: big_vision.CARRIED,
+    )
 
 
 def family(model_type: Any) -> Family:

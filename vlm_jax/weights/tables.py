@@ -103,7 +103,7 @@ LAYOUTS = {
     # "linear" and "flat" of queries and keys whose rotary pairs stand side by side (llama.cpp).
     "linear_pairs": Layout(
         lambda x, shape: np.moveaxis(_halves(x.reshape(*shape[1:], -1)), -1, 0),
-        lambda x: _pairs(np.moveaxis(x, 0, -1)).reshape(-1, x.shape[0]),
+        lambda x: _pairs(x.transpose(1, 2, 0)).reshape(-1, x.shape[0]),
     ),
     "flat_pairs": Layout(
         lambda x, shape: _halves(x.reshape(shape)), lambda x: _pairs(x).reshape(-1)

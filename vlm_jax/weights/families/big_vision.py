@@ -19,6 +19,7 @@ from vlm_jax.presets.encoders import Encoder
 from vlm_jax.weights.tables import Row, placed
 
 # A classifier's head, SigLIP's other tower, temperature and bias.
+FAMILY = "big_vision"  # its name among the model_types of transformers
 CARRIED = (r"(img/)?(head|pre_logits)/.*", r"txt/.*", r"[tb]")
 BLOCK = "stack/blocks/"
 Shapes = Mapping[str, tuple[int, ...]]
