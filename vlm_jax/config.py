@@ -46,7 +46,7 @@ class Model:
     @property
     def visual_tokens(self) -> int:
         """Visual tokens per image, Q."""
-        return self.connector.visual_tokens(self.encoder.features[0])
+        return self.connector.visual_tokens(self.encoders)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -462,7 +462,7 @@ def check_model(model: Model, longest: int = 0) -> None:
     if model.connector is not None:
         _require(model.encoder is not None, "model.encoder", None, "what the connector looks at")
         _require(model.decoder is not None, "model.decoder", None, "what the connector speaks to")
-        problems = model.connector.problems(model.decoder.width)
+        problems = model.connector.problems(model.decoder.width, model.encoders)
         _check_preset(model.connector, "model.connector", problems)
     if model.decoder is not None:
         _check_preset(model.decoder, "model.decoder", model.decoder.problems(longest))

@@ -28,6 +28,9 @@ AXES = (
     (r".*/(embed|project|layers/\d+|out)/kernel", (None, "embed")),
     (r"(encoder|extra_encoders/\d+|decoder)/positions", (None, "embed")),
     (r"connector/queries", (None, "embed")),
+    (r"connector/flat/kernel", (None, None, None, "embed")),
+    (r"connector/flat/bias", (None, "embed")),
+    (r"connector/newline", (None,)),
     (r".*/stem/.*/conv", (None, None, None, "embed")),
     (r".*/(scale|bias|probe)", (None,)),
 )
