@@ -18,6 +18,7 @@ from vlm_jax.errors import ConfigError
 from vlm_jax.presets.connectors import Connector
 from vlm_jax.presets.decoders import Decoder
 from vlm_jax.presets.encoders import Encoder
+from vlm_jax.presets.qformer import QFormer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Model:
     """
 
     encoder: Encoder | None = None
-    connector: Connector | None = None
+    connector: Connector | QFormer | None = None
     decoder: Decoder | None = None
     extra_encoders: tuple[Encoder, ...] = ()
 

@@ -12,12 +12,15 @@ from vlm_jax.models.layers import Features
 from vlm_jax.presets.connectors import Connector, resampler
 from vlm_jax.presets.decoders import Decoder
 from vlm_jax.presets.encoders import Encoder
+from vlm_jax.presets.qformer import QFormer
 from vlm_jax.weights import tables
 from vlm_jax.weights.families import (
+    blip_2_qformer,
     gemma3_projector,
     idefics2_connector,
     idefics3_connector,
     idefics_resampler,
+    instructblip_qformer,
     llava_next_projector,
     llava_projector,
     mplug_owl_abstractor,
@@ -119,6 +122,10 @@ _idefics2 = {"queries": 5, "layers": 2, "head_dim": 5, "norm_eps": 1e-2, "embed_
 IDEFICS2 = resampler("idefics2", width=10, heads=6, kv_heads=2, **_idefics2)
 _flamingo = {"width": 10, "out": 10, "queries": 5, "layers": 2, "heads": 3, "kv_heads": 3}
 
+_qformer = {"queries": 3, "width": 9, "mlp": 7, "heads": 3, "norm_eps": 1e-2}
+QFORMER = QFormer(depth=4, **_qformer)
+INSTRUCTED = QFormer(depth=2, vocab=19, positions=9, **_qformer)
+
 # Cases that transformers has.
 GOLDENS = {
     "llava": Case(llava_projector, Connector("mlp"), ((2, 3, 10),), 14),
@@ -160,6 +167,11 @@ GOLDENS = {
         ((2, 3, 10),),
         14,
     ),
+    "blip_2": Case(blip_2_qformer, QFORMER, ((2, 3, 7),), 10, masked=True),
+    "blip_2_every_3": Case(
+        blip_2_qformer, dataclasses.replace(QFORMER, depth=3, every=3), ((2, 3, 7),), 10
+    ),
+    "instructblip": Case(instructblip_qformer, INSTRUCTED, ((2, 3, 7),), 10, masked=True, texts=5),
 }
 
 # Cases that transformers lacks: `connector_statements.py` states them.

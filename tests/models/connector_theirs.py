@@ -7,9 +7,9 @@ import torch
 import transformers
 from connector_cases import Case
 from transformers.models.gemma3.modeling_gemma3 import Gemma3MultiModalProjector
+from transformers.models.idefics.perceiver import IdeficsPerceiverResampler
 from transformers.models.idefics2.modeling_idefics2 import Idefics2Connector
 from transformers.models.idefics3.modeling_idefics3 import Idefics3Connector
-from transformers.models.idefics.perceiver import IdeficsPerceiverResampler
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from transformers.models.llava_next.modeling_llava_next import LlavaNextMultiModalProjector
 from transformers.models.paligemma.modeling_paligemma import PaliGemmaMultiModalProjector
@@ -132,7 +132,38 @@ def _idefics(case: Case, fields: dict) -> torch.nn.Module:
     return Part(lambda part, x0: part.perceiver_resampler(x0), perceiver_resampler=resampler)
 
 
+def _qformer(family: str):
+    config_class = getattr(transformers, f"{family}QFormerConfig")
+    model_class = getattr(transformers, f"{family}QFormerModel")
+
+    def call(part, x0, mask=None, texts=None):
+        queries = part.query_tokens.expand(len(x0), -1, -1)
+        fed = {"encoder_hidden_states": x0}
+        if mask is not None:
+            fed["encoder_attention_mask"] = mask.long()
+        if texts is not None:
+            visible = torch.cat([torch.ones(queries.shape[:2]).long(), (texts > 0).long()], dim=1)
+            fed |= {"input_ids": texts.long(), "attention_mask": visible}
+        found = part.qformer(query_embeds=queries, **fed).last_hidden_state
+        return part.language_projection(found[:, : queries.shape[1]])
+
+    def make(case: Case, fields: dict) -> torch.nn.Module:
+        own = fields["qformer_config"] | {"encoder_hidden_size": case.features[0][2]}
+        config = config_class(**own, attn_implementation="eager")
+        width = config.hidden_size
+        return Part(
+            call,
+            query_tokens=torch.nn.Parameter(torch.zeros(1, fields["num_query_tokens"], width)),
+            qformer=model_class(config),
+            language_projection=torch.nn.Linear(width, case.width),
+        )
+
+    return make
+
+
 MAKERS = {
+    "blip_2_qformer": _qformer("Blip2"),
+    "instructblip_qformer": _qformer("InstructBlip"),
     "llava_projector": _projector(LlavaMultiModalProjector),
     "llava_next_projector": _llava_next,
     "paligemma_projector": _projector(PaliGemmaMultiModalProjector),

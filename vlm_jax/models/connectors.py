@@ -28,6 +28,7 @@ from vlm_jax.models.layers import (
     attention_weights,
     drop,
 )
+from vlm_jax.models.qformer import QFormer
 from vlm_jax.parallel.sharding import constrain
 from vlm_jax.presets.connectors import Connector
 
@@ -199,4 +200,5 @@ CONNECTORS = {
     "mlp": Projector,
     "flat": Flat,
     "perceiver": Perceiver,
+    "qformer": QFormer,
 }

@@ -181,9 +181,8 @@ class Connector:
         _, _, features = self.pooled(encoders)
         if self.kind == "none" and features != self.output(width):
             yield "kind", f"a projection from {features} channels to {self.output(width)}"
-        if self.kind == "mlp" and isinstance(self.hidden, tuple):
-            if len(self.hidden) != self.layers - 1:
-                yield "hidden", f"a width for each of the {self.layers - 1} hidden layers"
+        if self.kind == "mlp" and len(self.sizes(features, width)) != self.layers + 1:
+            yield "hidden", f"a width for each of the {self.layers - 1} hidden layers"
         if self.kind == "perceiver":
             yield from self._perceiver_problems(self.width or self.output(width), features)
         elif self.embed != "linear":
