@@ -19,6 +19,7 @@ from vlm_jax.presets.connectors import Connector
 from vlm_jax.presets.decoders import Decoder
 from vlm_jax.presets.encoders import Encoder
 from vlm_jax.presets.qformer import QFormer
+from vlm_jax.presets.sva import Sva
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Model:
     """
 
     encoder: Encoder | None = None
-    connector: Connector | QFormer | None = None
+    connector: Connector | QFormer | Sva | None = None
     decoder: Decoder | None = None
     extra_encoders: tuple[Encoder, ...] = ()
 

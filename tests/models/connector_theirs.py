@@ -111,8 +111,8 @@ def _idefics2(case: Case, fields: dict) -> torch.nn.Module:
         attn_implementation="eager",
     )
 
-    def call(part, x0, mask=None):
-        mask = torch.ones(x0.shape[:2]) if mask is None else mask.float()
+    def call(part, x0, mask0=None):
+        mask = torch.ones(x0.shape[:2]) if mask0 is None else mask0.float()
         return part.connector(x0, mask)
 
     return Part(call, connector=Idefics2Connector(config))
@@ -136,11 +136,11 @@ def _qformer(family: str):
     config_class = getattr(transformers, f"{family}QFormerConfig")
     model_class = getattr(transformers, f"{family}QFormerModel")
 
-    def call(part, x0, mask=None, texts=None):
+    def call(part, x0, mask0=None, texts=None):
         queries = part.query_tokens.expand(len(x0), -1, -1)
         fed = {"encoder_hidden_states": x0}
-        if mask is not None:
-            fed["encoder_attention_mask"] = mask.long()
+        if mask0 is not None:
+            fed["encoder_attention_mask"] = mask0.long()
         if texts is not None:
             visible = torch.cat([torch.ones(queries.shape[:2]).long(), (texts > 0).long()], dim=1)
             fed |= {"input_ids": texts.long(), "attention_mask": visible}

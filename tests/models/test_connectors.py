@@ -1,5 +1,7 @@
 """Connectors against transformers and against statements of what was published."""
 
+import json
+import math
 import pathlib
 
 import connector_statements
@@ -9,6 +11,7 @@ import pytest
 from cases import cotangent
 from connector_cases import (
     GOLDENS,
+    LIVE,
     STATED,
     Case,
     inputs,
@@ -24,17 +27,19 @@ FOLDER = pathlib.Path(__file__).parents[1] / "goldens"
 EVERY = GOLDENS | STATED
 
 
-def golden(name: str) -> dict[str, dict[str, np.ndarray]]:
-    """What transformers computed for a case, by kind and name."""
-    found = {"inputs": {}, "weights": {}, "gradients": {}}
+def golden(name: str) -> dict:
+    """What transformers computed for a case: inputs, weights and gradients by name; output."""
     with np.load(FOLDER / f"connectors_{name}.npz") as file:
-        for key in file.files:
-            kind, _, rest = key.partition("/")
-            if rest:
-                found[kind][rest] = file[key]
-            else:
-                found[kind] = file[key]
-    return found
+        shapes = json.loads(str(file["shapes"]))
+        found = {kind: _named(file[kind], shapes) for kind in ("weights", "gradients")}
+        fed = {key.partition("/")[2]: file[key] for key in file.files if "/" in key}
+        return found | {"inputs": fed, "output": file["output"]}
+
+
+def _named(flat: np.ndarray, shapes: dict[str, list[int]]) -> dict[str, np.ndarray]:
+    ends = np.cumsum([math.prod(shape) for shape in shapes.values()])
+    parts = np.split(flat, ends[:-1])
+    return {name: part.reshape(shapes[name]) for name, part in zip(shapes, parts)}
 
 
 def check(case: Case, fed: dict, output: np.ndarray, weights: dict, gradients: dict) -> None:
@@ -64,14 +69,15 @@ def test_outputs_and_gradients_equal_those_of_transformers(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", GOLDENS)
+@pytest.mark.parametrize("name", GOLDENS | LIVE)
 def test_outputs_and_gradients_equal_those_of_the_transformers_installed(name):
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
     import connector_theirs
 
-    fed = inputs(GOLDENS[name], seed=1)
-    check(GOLDENS[name], fed, *connector_theirs.compare(GOLDENS[name], fed, cotangent))
+    case = (GOLDENS | LIVE)[name]
+    fed = inputs(case, seed=1)
+    check(case, fed, *connector_theirs.compare(case, fed, cotangent))
 
 
 @pytest.mark.parametrize("name", STATED)
@@ -80,7 +86,9 @@ def test_outputs_equal_the_published_definition(name):
     fed, theirs = inputs(case), stated_weights(case)
     statement = getattr(connector_statements, name)
     exact = {key: array.astype(np.float64) for key, array in theirs.items()}
-    wanted = statement(case.preset, exact, **fed)
+    grids = [(rows, columns) for rows, columns, _ in case.features]
+    extra = {"grids": grids} if len(grids) > 1 else {}
+    wanted = statement(case.preset, exact, **fed, **extra)
     found = jax.jit(lambda leaves: run(case, leaves, fed))(case.leaves(theirs))
     assert found.shape == wanted.shape
     assert relative_error(found, wanted) < 1e-4

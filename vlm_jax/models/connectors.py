@@ -29,6 +29,7 @@ from vlm_jax.models.layers import (
     drop,
 )
 from vlm_jax.models.qformer import QFormer
+from vlm_jax.models.sva import Sva
 from vlm_jax.parallel.sharding import constrain
 from vlm_jax.presets.connectors import Connector
 
@@ -201,4 +202,5 @@ CONNECTORS = {
     "flat": Flat,
     "perceiver": Perceiver,
     "qformer": QFormer,
+    "sva": Sva,
 }
