@@ -18,6 +18,7 @@ from vlm_jax.errors import ConfigError
 from vlm_jax.presets.connectors import Connector
 from vlm_jax.presets.decoders import Decoder
 from vlm_jax.presets.encoders import Encoder
+from vlm_jax.presets.mapping import Mapping as MappingNetwork
 from vlm_jax.presets.qformer import QFormer
 from vlm_jax.presets.sva import Sva
 
@@ -36,7 +37,7 @@ class Model:
     """
 
     encoder: Encoder | None = None
-    connector: Connector | QFormer | Sva | None = None
+    connector: Connector | QFormer | Sva | MappingNetwork | None = None
     decoder: Decoder | None = None
     extra_encoders: tuple[Encoder, ...] = ()
 

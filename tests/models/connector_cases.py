@@ -12,12 +12,14 @@ from vlm_jax.models.layers import Features
 from vlm_jax.presets.connectors import Connector, resampler
 from vlm_jax.presets.decoders import Decoder
 from vlm_jax.presets.encoders import Encoder
+from vlm_jax.presets.mapping import Mapping
 from vlm_jax.presets.qformer import QFormer
 from vlm_jax.presets.sva import Sva
 from vlm_jax.weights import tables
 from vlm_jax.weights.families import (
     blip_2_qformer,
     cambrian_sva,
+    clipcap_mapping,
     gemma3_projector,
     idefics2_connector,
     idefics3_connector,
@@ -200,6 +202,13 @@ STATED = {
         ((2, 3, 12),),
         10,
         masked=True,
+    ),
+    "clipcap_mlp": Case(clipcap_mapping, Mapping(queries=3), ((1, 1, 7),), 10),
+    "clipcap_transformer": Case(
+        clipcap_mapping,
+        Mapping("transformer", queries=3, seeds=4, layers=2),
+        ((1, 1, 7),),
+        16,
     ),
     "cambrian": Case(
         cambrian_sva,

@@ -81,6 +81,30 @@ def mplug_owl(preset, tensors, x0, mask0):
     return np.concatenate([x, end], axis=1)
 
 
+def clipcap_mlp(preset, tensors, x0):
+    """ClipCap's MLP over an image's only feature."""
+    hidden = np.tanh(linear(x0[:, 0], tensors, "clip_project.model.0"))
+    found = linear(hidden, tensors, "clip_project.model.2")
+    return found.reshape(len(x0), preset.queries, -1)
+
+
+def clipcap_transformer(preset, tensors, x0):
+    """ClipCap's transformer over tokens made of the feature, then learned ones."""
+    queries = tensors["clip_project.prefix_const"]
+    seeds = linear(x0[:, 0], tensors, "clip_project.linear")
+    seeds = seeds.reshape(len(x0), preset.seeds, queries.shape[1])
+    x = np.concatenate([seeds, np.broadcast_to(queries, (len(x0), *queries.shape))], axis=1)
+    for i in range(preset.layers):
+        at = f"clip_project.transformer.layers.{i}"
+        y = layer_norm(x, tensors, f"{at}.norm1")
+        key, value = np.split(linear(y, tensors, f"{at}.attn.to_keys_values"), 2, axis=-1)
+        out = attention(linear(y, tensors, f"{at}.attn.to_queries"), key, value, preset.heads)
+        x = x + linear(out, tensors, f"{at}.attn.project")
+        y = linear(layer_norm(x, tensors, f"{at}.norm2"), tensors, f"{at}.mlp.fc1")
+        x = x + linear(np.maximum(y, 0), tensors, f"{at}.mlp.fc2")
+    return x[:, preset.seeds :]
+
+
 def resized(x, grid, side):
     """Bilinear interpolation of a grid's features to side x side, corners not aligned."""
     rows, columns = grid

@@ -28,6 +28,7 @@ from vlm_jax.models.layers import (
     attention_weights,
     drop,
 )
+from vlm_jax.models.mapping import Mapping
 from vlm_jax.models.qformer import QFormer
 from vlm_jax.models.sva import Sva
 from vlm_jax.parallel.sharding import constrain
@@ -201,6 +202,7 @@ CONNECTORS = {
     "mlp": Projector,
     "flat": Flat,
     "perceiver": Perceiver,
+    "mapping": Mapping,
     "qformer": QFormer,
     "sva": Sva,
 }

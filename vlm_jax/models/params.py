@@ -28,7 +28,7 @@ AXES = (
     (r".*/(embed|project|layers/\d+|out|context)/kernel", (None, "embed")),
     (r"(encoder|extra_encoders/\d+|decoder|connector)/positions", (None, "embed")),
     (r"connector/embedding", (None, "embed")),
-    (r"connector/queries", (None, "embed")),
+    (r"connector/(mapper/)?queries", (None, "embed")),
     (r"connector/flat/kernel", (None, None, None, "embed")),
     (r"connector/flat/bias", (None, "embed")),
     (r"connector/(newline|query)", (None,)),
