@@ -467,6 +467,8 @@ def check_model(model: Model, longest: int = 0) -> None:
         _require(model.decoder is not None, "model.decoder", None, "what the connector speaks to")
         problems = model.connector.problems(model.decoder.width, model.encoders)
         _check_preset(model.connector, "model.connector", problems)
+        width, out = model.decoder.width, model.connector.output(model.decoder.width)
+        _require(out == width, "model.connector.out", out, f"the decoder's width {width}")
     if model.decoder is not None:
         _check_preset(model.decoder, "model.decoder", model.decoder.problems(longest))
 
