@@ -18,6 +18,9 @@ from vlm_jax.errors import ConfigError
 from vlm_jax.presets.connectors import Connector
 from vlm_jax.presets.decoders import Decoder
 from vlm_jax.presets.encoders import Encoder
+from vlm_jax.presets.mapping import Mapping as MappingNetwork
+from vlm_jax.presets.qformer import QFormer
+from vlm_jax.presets.sva import Sva
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Model:
     """
 
     encoder: Encoder | None = None
-    connector: Connector | None = None
+    connector: Connector | QFormer | Sva | MappingNetwork | None = None
     decoder: Decoder | None = None
     extra_encoders: tuple[Encoder, ...] = ()
 
@@ -46,7 +49,7 @@ class Model:
     @property
     def visual_tokens(self) -> int:
         """Visual tokens per image, Q."""
-        return self.connector.visual_tokens(self.encoder.features[0])
+        return self.connector.visual_tokens(self.encoders)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -482,8 +485,10 @@ def check_model(model: Model, longest: int = 0) -> None:
     if model.connector is not None:
         _require(model.encoder is not None, "model.encoder", None, "what the connector looks at")
         _require(model.decoder is not None, "model.decoder", None, "what the connector speaks to")
-        problems = model.connector.problems(model.decoder.width)
+        problems = model.connector.problems(model.decoder.width, model.encoders)
         _check_preset(model.connector, "model.connector", problems)
+        width, out = model.decoder.width, model.connector.output(model.decoder.width)
+        _require(out == width, "model.connector.out", out, f"the decoder's width {width}")
     if model.decoder is not None:
         _check_preset(model.decoder, "model.decoder", model.decoder.problems(longest))
 

@@ -105,17 +105,34 @@ NORMS = {
 
 
 class Mlp(nnx.Module):
-    """The feed-forward part: `down(act(up(x)))`, or gated `down(act(gate(x)) * up(x))`."""
+    """The feed-forward part: `down(act(up(x)))`, or gated `down(act(gate(x)) * up(x))`.
 
-    def __init__(self, width: int, hidden: int, activation: str, *, gated: bool, bias: bool, rngs):
+    `out` is the width of the result, by default that of `x`; above 0, `norm_eps` is that of a
+    LayerNorm before `down`.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        activation: str,
+        *,
+        gated: bool,
+        bias: bool,
+        rngs,
+        out: int = 0,
+        norm_eps: float = 0.0,
+    ):
         self.gate = Linear((width,), (hidden,), bias=bias, rngs=rngs) if gated else None
         self.up = Linear((width,), (hidden,), bias=bias, rngs=rngs)
-        self.down = Linear((hidden,), (width,), bias=bias, rngs=rngs)
+        self.down = Linear((hidden,), (out or width,), bias=bias, rngs=rngs)
+        self.norm = LayerNorm(hidden, norm_eps) if norm_eps else None
         self.activation = activation
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T _D"]:
         act = ACTIVATIONS[self.activation]
         hidden = act(self.up(x)) if self.gate is None else act(self.gate(x)) * self.up(x)
+        hidden = hidden if self.norm is None else self.norm(hidden)
         return self.down(constrain(hidden, "batch", None, "mlp"))
 
 
@@ -123,6 +140,7 @@ class Attention(nnx.Module):
     """Multi-head attention with grouped key/value heads; queries and context may differ.
 
     `bias` is that of queries, keys and values; `out_bias` that of the output, by default the same.
+    `context` is the width of the context, by default that of the queries.
     """
 
     def __init__(
@@ -134,12 +152,13 @@ class Attention(nnx.Module):
         *,
         bias: bool,
         out_bias: bool | None = None,
+        context: int = 0,
         rngs,
     ):
         out_bias = bias if out_bias is None else out_bias
         self.query = Linear((width,), (heads, head_dim), bias=bias, rngs=rngs)
-        self.key = Linear((width,), (kv_heads, head_dim), bias=bias, rngs=rngs)
-        self.value = Linear((width,), (kv_heads, head_dim), bias=bias, rngs=rngs)
+        self.key = Linear((context or width,), (kv_heads, head_dim), bias=bias, rngs=rngs)
+        self.value = Linear((context or width,), (kv_heads, head_dim), bias=bias, rngs=rngs)
         self.out = Linear((heads, head_dim), (width,), bias=out_bias, rngs=rngs)
 
     def project(
@@ -197,10 +216,15 @@ def _repeated(x: Float[Array, "B S G K"], heads: int) -> Float[Array, "B S H K"]
 
 
 def attention_weights(
-    query: Float[Array, "B T H K"], key: Float[Array, "B S G K"]
+    query: Float[Array, "B T H K"],
+    key: Float[Array, "B S G K"],
+    mask: Bool[Array, "B 1 #T S"] | None = None,
 ) -> Float[Array, "B H T S"]:
-    """The weights of plain attention, without a mask, for looking at."""
-    return jax.nn.softmax(_scores(query, key, query.shape[-1] ** -0.5), axis=-1)
+    """The weights of plain attention, for looking at."""
+    scores = _scores(query, key, query.shape[-1] ** -0.5)
+    if mask is not None:
+        scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
+    return jax.nn.softmax(scores, axis=-1)
 
 
 def rotate(

@@ -16,7 +16,7 @@ from vlm_jax.models.vlm import VLM
 # Logical axes by path, without the layers' axis; the first pattern matching the whole path holds.
 AXES = (
     (r".*attention/query/kernel", ("embed", "heads", None)),
-    (r".*attention/(key|value)/kernel", ("embed", "kv_heads", None)),
+    (r".*attention/(sources/\d+/)?(key|value)/kernel", ("embed", "kv_heads", None)),
     (r".*attention/out/kernel", ("heads", None, "embed")),
     (r".*attention/query/bias", ("heads", None)),
     (r".*attention/(key|value)/bias", ("kv_heads", None)),
@@ -25,9 +25,14 @@ AXES = (
     (r".*mlp/down/kernel", ("mlp", "embed")),
     (r"decoder/embedding", ("vocab", "embed")),
     (r"decoder/output/kernel", ("embed", "vocab")),
-    (r".*/(embed|project|layers/\d+|out)/kernel", (None, "embed")),
-    (r"(encoder|extra_encoders/\d+|decoder)/positions", (None, "embed")),
-    (r"connector/queries", (None, "embed")),
+    (r".*/(embed|project|layers/\d+|out|context)/kernel", (None, "embed")),
+    (r"(encoder|extra_encoders/\d+|decoder|connector)/positions", (None, "embed")),
+    (r"connector/embedding", (None, "embed")),
+    (r"connector/(mapper/)?queries", (None, "embed")),
+    (r"connector/flat/kernel", (None, None, None, "embed")),
+    (r"connector/flat/bias", (None, "embed")),
+    (r"connector/(newline|query)", (None,)),
+    (r".*attention/sources/\d+/positions", (None, "embed")),
     (r".*/stem/.*/conv", (None, None, None, "embed")),
     (r".*/(scale|bias|probe)", (None,)),
 )

@@ -89,8 +89,8 @@ class VLM(nnx.Module):
 
 
 def _connector(model, rngs: nnx.Rngs) -> nnx.Module:
-    widths = tuple(encoder.features[1] for encoder in model.encoders)
-    return CONNECTORS[model.connector.kind](model.connector, widths, model.decoder.width, rngs)
+    make = CONNECTORS[model.connector.kind]
+    return make(model.connector, model.encoders, model.decoder.width, rngs)
 
 
 def attention_mask(batch: Batch) -> Bool[Array, "B 1 T T"]:

@@ -150,18 +150,17 @@ def _towers(config: Config, rows: int, tensor: int) -> Iterator[Tower]:
             remat=encoder.remat,
             item=item(encoder),
         )
-        width = connector.width or decoder.width
-        resampler = connector.kind == "perceiver"
+        work = connector.work(model.encoders, decoder.width)
         yield Tower(
             "connector",
             sequences=rows * data.images_per_row,
-            length=model.visual_tokens,
-            context=encoder.patches + model.visual_tokens if resampler else 0,
-            width=width,
-            mlp=(connector.hidden or 4 * width) / tensor,
-            heads=connector.heads / tensor,
-            depth=connector.layers,
-            remat=connector.remat and resampler,
+            length=work.length,
+            context=work.context,
+            width=work.width,
+            mlp=work.mlp / tensor,
+            heads=work.heads / tensor,
+            depth=work.depth,
+            remat=work.remat,
             item=item(connector),
         )
     yield Tower(

@@ -98,6 +98,8 @@ LAYOUTS = {
     ),
     # One row less: [1, 1, D] for [D].
     "token": Layout(lambda x, shape: x.reshape(shape), lambda x: x.reshape(1, 1, -1)),
+    # An axis of one image before ours: learned queries.
+    "batch": Layout(lambda x, shape: x.reshape(shape), lambda x: x[None]),
     "row": Layout(lambda x, shape: x.reshape(shape), lambda x: x.reshape(1, -1)),
     "number": Layout(lambda x, shape: x.reshape(shape), lambda x: x.reshape(1)),
     # "linear" and "flat" of queries and keys whose rotary pairs stand side by side (llama.cpp).
