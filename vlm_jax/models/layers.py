@@ -18,6 +18,7 @@ from vlm_jax.parallel.sharding import constrain
 ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "silu": jax.nn.silu,
     "relu": jax.nn.relu,
 }
@@ -105,24 +106,40 @@ NORMS = {
 
 
 class Mlp(nnx.Module):
-    """The feed-forward part: `down(act(up(x)))`, or gated `down(act(gate(x)) * up(x))`."""
+    """The feed-forward part: `down(act(up(x)))`, or gated `down(act(gate(x)) * up(x))`.
 
-    def __init__(self, width: int, hidden: int, activation: str, *, gated: bool, bias: bool, rngs):
+    With `inner_eps`, a LayerNorm of that epsilon stands before `down` (NormFormer, EVA-02).
+    """
+
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        activation: str,
+        *,
+        gated: bool,
+        bias: bool,
+        inner_eps: float | None = None,
+        rngs,
+    ):
         self.gate = Linear((width,), (hidden,), bias=bias, rngs=rngs) if gated else None
         self.up = Linear((width,), (hidden,), bias=bias, rngs=rngs)
+        self.norm = None if inner_eps is None else LayerNorm(hidden, inner_eps)
         self.down = Linear((hidden,), (width,), bias=bias, rngs=rngs)
         self.activation = activation
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         act = ACTIVATIONS[self.activation]
         hidden = act(self.up(x)) if self.gate is None else act(self.gate(x)) * self.up(x)
+        hidden = hidden if self.norm is None else self.norm(hidden)
         return self.down(constrain(hidden, "batch", None, "mlp"))
 
 
 class Attention(nnx.Module):
     """Multi-head attention with grouped key/value heads; queries and context may differ.
 
-    `bias` is that of queries, keys and values; `out_bias` that of the output, by default the same.
+    `bias` is that of queries, keys and values; `key_bias`, `value_bias` and `out_bias` are those of
+    keys, values and the output, by default the same.
     """
 
     def __init__(
@@ -133,13 +150,16 @@ class Attention(nnx.Module):
         head_dim: int,
         *,
         bias: bool,
+        key_bias: bool | None = None,
+        value_bias: bool | None = None,
         out_bias: bool | None = None,
         rngs,
     ):
-        out_bias = bias if out_bias is None else out_bias
+        biases = (key_bias, value_bias, out_bias)
+        key_bias, value_bias, out_bias = (bias if b is None else b for b in biases)
         self.query = Linear((width,), (heads, head_dim), bias=bias, rngs=rngs)
-        self.key = Linear((width,), (kv_heads, head_dim), bias=bias, rngs=rngs)
-        self.value = Linear((width,), (kv_heads, head_dim), bias=bias, rngs=rngs)
+        self.key = Linear((width,), (kv_heads, head_dim), bias=key_bias, rngs=rngs)
+        self.value = Linear((width,), (kv_heads, head_dim), bias=value_bias, rngs=rngs)
         self.out = Linear((heads, head_dim), (width,), bias=out_bias, rngs=rngs)
 
     def project(

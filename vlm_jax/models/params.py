@@ -27,9 +27,10 @@ AXES = (
     (r"decoder/output/kernel", ("embed", "vocab")),
     (r".*/(embed|project|layers/\d+|out)/kernel", (None, "embed")),
     (r"(encoder|extra_encoders/\d+|decoder)/positions", (None, "embed")),
+    (r"(encoder|extra_encoders/\d+)/(row_positions|column_positions|registers)", (None, "embed")),
     (r"connector/queries", (None, "embed")),
     (r".*/stem/.*/conv", (None, None, None, "embed")),
-    (r".*/(scale|bias|probe)", (None,)),
+    (r".*/(scale|bias|probe|class_token)", (None,)),
 )
 
 
