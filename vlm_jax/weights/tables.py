@@ -85,6 +85,8 @@ LAYOUTS = {
     ),
     # One row less: [1, 1, D] for [D].
     "token": Layout(lambda x, shape: x.reshape(shape), lambda x: x.reshape(1, 1, -1)),
+    # One axis more: [1, N, D] for [N, D].
+    "one": Layout(lambda x, shape: x.reshape(shape), lambda x: x[None]),
     "row": Layout(lambda x, shape: x.reshape(shape), lambda x: x.reshape(1, -1)),
     "number": Layout(lambda x, shape: x.reshape(shape), lambda x: x.reshape(1)),
 }
