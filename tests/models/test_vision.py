@@ -101,12 +101,14 @@ def test_padding_and_neighbours_change_nothing():
     tower = SMALL["naflex"]
     arrays = golden("naflex")
     ours, x = leaves(tower, arrays["weights"]), arrays["plain"]["inputs"].copy()
-    before = run(tower, ours, images(tower, x))
+    forward = jax.jit(lambda ours, seen: run(tower, ours, seen))
+    before = forward(ours, images(tower, x))
     for i, (rows, columns) in enumerate(tower.grids):
         x[i, rows * columns :] = 1e3
-    np.testing.assert_array_equal(run(tower, ours, images(tower, x)), before)
+    np.testing.assert_array_equal(forward(ours, images(tower, x)), before)
     alone = dataclasses.replace(tower, grids=tower.grids[1:2])
-    np.testing.assert_allclose(run(alone, ours, images(alone, x[1:2])), before[6:21], atol=1e-5)
+    found = jax.jit(lambda ours, seen: run(alone, ours, seen))(ours, images(alone, x[1:2]))
+    np.testing.assert_allclose(found, before[6:21], atol=1e-5)
 
 
 def test_an_empty_slot_is_finite_and_so_are_gradients_through_it():
@@ -114,5 +116,6 @@ def test_an_empty_slot_is_finite_and_so_are_gradients_through_it():
     empty = dataclasses.replace(tower, grids=((3, 2), (0, 0), (2, 2)))
     arrays = golden("naflex")
     ours, x = leaves(tower, arrays["weights"]), arrays["plain"]["inputs"]
-    gradients = jax.grad(lambda ours: run(empty, ours, images(empty, x)).sum())(ours)
+    gradient = jax.grad(lambda ours: run(empty, ours, images(empty, x)).sum())
+    gradients = jax.jit(gradient)(ours)
     assert all(np.isfinite(gradient).all() for gradient in gradients.values())

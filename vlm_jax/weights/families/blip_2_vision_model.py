@@ -6,6 +6,7 @@ EVA has no bias on keys; transformers stores one of zeros in the fused bias, so 
 from collections.abc import Mapping
 from typing import Any
 
+from vlm_jax.presets.encoder_sizes import CLIP_PIXELS
 from vlm_jax.presets.encoders import Encoder
 from vlm_jax.weights.families import vision
 from vlm_jax.weights.tables import Row, linear, norm, placed
@@ -59,7 +60,7 @@ def read(hf: Mapping[str, Any]) -> Encoder:
     found = vision.filled(hf, DEFAULTS, FIXED)
     return Encoder(
         **vision.fields(found),
-        **vision.CLIP_PIXELS,
+        **CLIP_PIXELS,
         class_token=True,
         keep_class=True,
         unbiased=() if found["qkv_bias"] else QKV,

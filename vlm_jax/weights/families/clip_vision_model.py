@@ -9,6 +9,7 @@ without its norm and class token; LLaVA's are those of `layer=-2`, BLIP's have `
 from collections.abc import Mapping
 from typing import Any
 
+from vlm_jax.presets.encoder_sizes import CLIP_PIXELS
 from vlm_jax.presets.encoders import Encoder
 from vlm_jax.weights.families import vision
 from vlm_jax.weights.tables import Row, norm, placed
@@ -48,7 +49,7 @@ def read(hf: Mapping[str, Any]) -> Encoder:
     """
     return Encoder(
         **vision.fields(vision.filled(hf, DEFAULTS, FIXED)),
-        **vision.CLIP_PIXELS,
+        **CLIP_PIXELS,
         class_token=True,
         pre_norm=True,
         unbiased=("patch",),

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlm_jax.errors import ConfigError
+from vlm_jax.presets.encoder_sizes import IMAGENET_PIXELS
 from vlm_jax.presets.encoders import Encoder
 from vlm_jax.weights.families import vision
 from vlm_jax.weights.tables import Row, linear, norm, placed
@@ -83,7 +84,7 @@ def read(hf: Mapping[str, Any], defaults: Mapping[str, Any] = DEFAULTS, **fields
         hidden = (int(hidden * 2 / 3) + 7) // 8 * 8
     return Encoder(
         **ours,
-        **vision.IMAGENET_PIXELS,
+        **IMAGENET_PIXELS,
         **fields,
         mlp=hidden,
         gated=gated,

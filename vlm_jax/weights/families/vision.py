@@ -26,13 +26,6 @@ ACTIVATIONS = {
     "quick_gelu": "quick_gelu",
     "silu": "silu",
 }
-# What preprocessor_config.json says of these families, not config.json.
-CLIP_PIXELS = {
-    "mean": (0.48145466, 0.4578275, 0.40821073),
-    "std": (0.26862954, 0.26130258, 0.27577711),
-}
-IMAGENET_PIXELS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-
 # Modules of a block in CLIP, SigLIP and what grew out of them.
 LINEAR = {
     "attention/query": "self_attn.q_proj",
