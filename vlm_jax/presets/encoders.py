@@ -58,14 +58,31 @@ class Encoder:
     depth: int
     mlp: int
     heads: int
+    head_dim: int = 0
     patch: int = 16
     image_size: int | tuple[int, int] = 224
+    max_patches: int = 0
     stem: str = "patch"
     stem_stages: tuple[tuple[int, int, int], ...] = ()
+    class_token: bool = False
+    registers: int = 0
     position: str = "learned"
-    activation: str = "gelu_tanh"
+    position_grid: tuple[int, ...] = ()
+    position_resize: str = "bicubic"
+    rotary_grid: tuple[int, ...] = ()
+    pre_norm: bool = False
+    norm: str = "layer"
     norm_eps: float = 1e-6
+    post_norm: bool = False
+    inner_norm: bool = False
+    layer_scale: float = 0.0
+    activation: str = "gelu_tanh"
+    gated: bool = False
+    attention_scale: float = 0.0
+    unbiased: tuple[str, ...] = ()
+    layer: int = -1
     final_norm: bool = True
+    keep_class: bool = False
     pool: str = "none"
     dropout: float = 0.0
     drop_path: float = 0.0
@@ -74,23 +91,6 @@ class Encoder:
     dtype: str = "bfloat16"
     remat: bool = True
     kind: str = "vit"
-    head_dim: int = 0
-    max_patches: int = 0
-    class_token: bool = False
-    registers: int = 0
-    position_grid: tuple[int, ...] = ()
-    position_resize: str = "bicubic"
-    rotary_grid: tuple[int, ...] = ()
-    pre_norm: bool = False
-    norm: str = "layer"
-    post_norm: bool = False
-    inner_norm: bool = False
-    layer_scale: float = 0.0
-    gated: bool = False
-    attention_scale: float = 0.0
-    unbiased: tuple[str, ...] = ()
-    layer: int = -1
-    keep_class: bool = False
 
     CHOICES: ClassVar = {
         "kind": ("vit",),
@@ -171,6 +171,10 @@ class Encoder:
             yield "rotary_grid", f"heads of a multiple of 4, not of {self.key_width}"
         if self.max_patches and self.position == "sincos2d":
             yield "position", "one that holds for any grid, as max_patches is set"
+        if self.position == "row_column" and min(self.table_grid) <= (
+            self.max_patches or max(self.grid)
+        ):
+            yield "position_grid", "more rows and columns than an image may have patches"
         if self.max_patches and self.stem == "conv":
             yield "stem", "patch, as max_patches is set"
         if not set(self.unbiased) <= set(self.BIASES):
