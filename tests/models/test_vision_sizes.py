@@ -1,11 +1,14 @@
 """Published vision towers against the published numbers of their parameters."""
 
+import dataclasses
 import math
 
 import pytest
+from handmade import MODEL
 
 from vlm_jax import config
 from vlm_jax.config import Model
+from vlm_jax.errors import ConfigError
 from vlm_jax.models import params
 from vlm_jax.presets.encoder_sizes import PUBLISHED, published
 
@@ -79,3 +82,41 @@ def test_every_row_of_the_table_holds_together_and_has_logical_axes(name):
 def test_an_unknown_name_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match=r"clip-b64.*clip-b32"):
         published("clip-b64")
+
+
+@pytest.mark.parametrize(
+    "name, field, value",
+    [
+        ("clip-b32", "layer", -13),
+        ("clip-b32", "layer", 0),
+        ("siglip-b16", "keep_class", True),
+        ("clip-b32", "unbiased", ("patches",)),
+        ("clip-b32", "position_grid", (7,)),
+        ("clip-b32", "position_resize", "nearest"),
+        ("eva02-clip-l14", "head_dim", 66),
+        ("pix2struct-base", "position_grid", (2048, 4096)),
+        ("siglip2-naflex-b16", "position", "sincos2d"),
+    ],
+)
+def test_fields_that_contradict_others_are_refused_by_name(name, field, value):
+    # 66 is no multiple of 4: what is wrong is that heads of that width are to be rotated.
+    named = "rotary_grid" if field == "head_dim" else field
+    with pytest.raises(ConfigError, match=rf"model.encoder.{named} "):
+        config.check_model(Model(published(name, **{field: value})))
+
+
+def with_encoder(encoder) -> config.Config:
+    """A config of a perceiver over that encoder."""
+    model = dataclasses.replace(MODEL, encoder=encoder)
+    return config.Config("any", model, config.Data({"emoji:caption": 1.0}))
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if "pix2struct" not in name])
+def test_a_config_holds_any_of_them_and_is_read_back(name):
+    wanted = with_encoder(published(name))
+    assert config.resolve(config.plain(wanted)) == wanted
+
+
+def test_a_grid_that_the_data_cannot_make_is_refused():
+    with pytest.raises(ConfigError, match=r"model.encoder.max_patches is 2048; expected 0 or 2025"):
+        config.check(with_encoder(published("pix2struct-base")))

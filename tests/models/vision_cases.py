@@ -41,9 +41,8 @@ class Tower:
     @property
     def preset(self) -> Encoder:
         """Ours, in float32."""
-        return dataclasses.replace(
-            self.module.read(self.hf), **self.fields, dtype="float32", remat=False
-        )
+        fields = {"dtype": "float32", "remat": False} | self.fields
+        return dataclasses.replace(self.module.read(self.hf), **fields)
 
 
 def sizes(width: int, depth: int, mlp: int, heads: int, patch: int, size: int, **fields) -> dict:
@@ -117,6 +116,7 @@ SMALL = {
     "naflex": Tower(
         "siglip2_vision_model",
         naflex(12, 2, 14, 3, 3, patches=16),
+        {"remat": True},
         grids=ODD,
         gradients=True,
     ),
