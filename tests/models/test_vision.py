@@ -97,6 +97,11 @@ def test_settings_that_are_not_computed_are_refused_by_name(family):
         tower.module.read(tower.hf | {activation: "mish"})
 
 
+def test_pixels_beyond_the_last_whole_patch_do_not_count():
+    preset = SMALL["siglip_resized"].module.read({"image_size": 384, "patch_size": 14})
+    assert (preset.image_size, preset.grid) == (378, (27, 27))
+
+
 def test_padding_and_neighbours_change_nothing():
     tower = SMALL["naflex"]
     arrays = golden("naflex")

@@ -64,7 +64,7 @@ def filled(
 
 
 def fields(found: Mapping[str, Any], names: Mapping[str, str] = FIELDS) -> dict[str, Any]:
-    """Our fields from theirs.
+    """Our fields from theirs; the image size is that of its whole patches.
 
     Raises:
       ConfigError: their activation is none of ours.
@@ -75,6 +75,9 @@ def fields(found: Mapping[str, Any], names: Mapping[str, str] = FIELDS) -> dict[
             f"the activation of config.json is {ours['activation']!r}; expected one of "
             f"{', '.join(ACTIVATIONS)}"
         )
+    if "image_size" in ours:
+        # A remainder is never looked at: 384 pixels make 27 patches of 14 (SigLIP So400m).
+        ours["image_size"] -= ours["image_size"] % ours["patch"]
     return ours | {"activation": ACTIVATIONS[ours["activation"]]}
 
 
