@@ -7,6 +7,7 @@ into the typed tree that the rest of the code reads, and refuses what it does no
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -457,6 +458,13 @@ def check(config: Config) -> None:
         data.augment,
         "none of it for images that are no squares",
     )
+    for encoder in model.encoders:
+        _require(
+            encoder.max_patches in (0, math.prod(encoder.grid)),
+            "model.encoder.max_patches",
+            encoder.max_patches,
+            f"0 or {math.prod(encoder.grid)}: the data makes images of image_size only",
+        )
     _require(data.views >= 1, "data.views", data.views, "at least 1")
     temperature = config.train.temperature
     _require(temperature > 0, "train.temperature", temperature, "more than 0")

@@ -14,7 +14,7 @@ from connector_cases import STATED, Case, encoder, inputs, random_weights, relat
 from vlm_jax import config
 from vlm_jax.batch import Images
 from vlm_jax.errors import ConfigError
-from vlm_jax.models import grids, params
+from vlm_jax.models import joining, params
 from vlm_jax.models.layers import Features
 from vlm_jax.presets import connectors, mapping, qformer, sva
 from vlm_jax.presets.connectors import Connector, resampler
@@ -80,7 +80,7 @@ def test_resizing_and_averaging_are_those_of_torch(found, places):
     x = torch.from_numpy(np.random.default_rng(0).normal(size=(2, 3, found)).astype(np.float32))
     line = torch.nn.functional.interpolate(x, size=places, mode="linear", align_corners=False)
     mean = torch.nn.functional.adaptive_avg_pool1d(x, places)
-    for weights, wanted in ((grids.bilinear, line), (grids.averaging, mean)):
+    for weights, wanted in ((joining.bilinear, line), (joining.averaging, mean)):
         ours = x.numpy() @ weights(places, found).T
         assert relative_error(ours, wanted.numpy()) < 1e-5
 

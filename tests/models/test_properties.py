@@ -18,8 +18,9 @@ from handmade import (
 )
 
 from vlm_jax.models import params
+from vlm_jax.models.grids import sincos2d
 from vlm_jax.models.layers import drop
-from vlm_jax.models.vit import gather, sincos2d
+from vlm_jax.models.stems import gather
 from vlm_jax.models.vlm import attention_mask
 
 PARTS = [(2, "image", 4), ("image", 1, "image", 3)]  # two documents of a packed row

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from vlm_jax.models.grids import joined, with_newlines
+from vlm_jax.models.joining import joined, with_newlines
 from vlm_jax.models.layers import (
     ACTIVATIONS,
     NORMS,
@@ -98,7 +98,7 @@ class PerceiverBlock(nnx.Module):
             connector.mlp_activation,
             gated=connector.gated,
             bias=connector.block_bias,
-            norm_eps=connector.mlp_norm_eps,
+            inner_eps=connector.mlp_norm_eps,
             rngs=rngs,
         )
 

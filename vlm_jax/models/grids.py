@@ -1,83 +1,159 @@
-"""Features as grids: resized, pooled, joined, and with tokens where rows end.
+"""Where patches stand in the grid of their image, and what a vision transformer makes of it.
 
-n counts images, R and C are rows and columns, E channels. Grids are static: every image of an
-encoder gives the same one.
+Grids may be traced: images of a batch then have rows and columns of their own within one shape. m
+is the number of images, or 1 where all have one grid.
 """
 
+from typing import NamedTuple
+
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
-from vlm_jax.models.layers import Features
-from vlm_jax.models.vit import gather
-from vlm_jax.presets.connectors import Connector, Grid, feature_grid
+from vlm_jax.batch import Images
+from vlm_jax.presets.encoders import Encoder
 
 
-def bilinear(places: int, found: int) -> Float[np.ndarray, "places found"]:
-    """Weights that resize `found` samples to `places` linearly, pixel centres as in photographs.
+class Places(NamedTuple):
+    """Where patches stand.
 
-    Each place mixes its two nearest samples, however many lie between (no antialiasing): torch's
-    `interpolate` with `align_corners=False`, which Cambrian and Eagle resize features by.
+    Attributes:
+      at: row and column of each patch.
+      grids: rows and columns of each image, at least 1.
+      mask: True where there is a patch; None where all of them are.
     """
-    centre = np.maximum((np.arange(places) + 0.5) * found / places - 0.5, 0)
-    low = np.minimum(centre.astype(int), found - 1)
-    high = np.minimum(low + 1, found - 1)
-    share = (centre - low)[:, None]
-    return ((1 - share) * np.eye(found)[low] + share * np.eye(found)[high]).astype(np.float32)
+
+    at: Int[Array, "m P 2"]
+    grids: Int[Array, "m 2"]
+    mask: Bool[Array, "n P"] | None
 
 
-def averaging(places: int, found: int) -> Float[np.ndarray, "places found"]:
-    """Weights that average `found` samples to `places` bins, which overlap where they do not
-    divide (torch's adaptive pooling)."""
-    weights = np.zeros((places, found), np.float32)
-    for i in range(places):
-        start, end = i * found // places, -(-(i + 1) * found // places)
-        weights[i, start:end] = 1 / (end - start)
-    return weights
+def places(images: Images, encoder: Encoder) -> Places:
+    """Where the patches of a batch stand; all images alike unless `max_patches` is set."""
+    if not encoder.max_patches:
+        at = np.indices(encoder.grid, dtype=np.int32).reshape(2, -1).T
+        return Places(jnp.asarray(at[None]), jnp.asarray(encoder.grid)[None], None)
+    grids = jnp.maximum(images.grids.reshape(-1, 2), 1)
+    at = images.patch_positions.reshape(len(grids), encoder.patches, 2)
+    mask = images.patch_images.reshape(len(grids), encoder.patches) >= 0
+    # What padding holds must not reach past a table: it would come back as NaN.
+    return Places(jnp.clip(at, 0, grids[:, None] - 1), grids, mask)
 
 
-def regrid(x: Float[Array, "n P E"], grid: Grid, target: Grid, weights) -> Float[Array, "n _P E"]:
-    """Features of a grid brought to another by `bilinear` or `averaging`, in float32."""
-    if grid == target:
-        return x
-    rows, columns = weights(target[0], grid[0]), weights(target[1], grid[1])
-    y = x.reshape(x.shape[0], *grid, x.shape[-1]).astype(jnp.float32)
-    y = jnp.einsum("rh,cw,nhwe->nrce", rows, columns, y)
-    return y.reshape(x.shape[0], -1, x.shape[-1]).astype(x.dtype)
+def resized(table: Float[Array, "R C D"], seen: Places, method: str) -> Float[Array, "m P D"]:
+    """A table of learned positions at the places of other grids.
 
-
-def joined(connector: Connector, encoders: tuple, seen: tuple[Features, ...]) -> Features:
-    """The features of all encoders on one grid, side by side in their channels, then pooled.
-
-    A mask survives where no feature moves; else all features are taken to be there.
+    Args:
+      table: what was learned, on a grid of its own.
+      seen: places and grids to read it at.
+      method: a preset's `position_resize`.
     """
-    target = connector.merged_grid(encoders)
-    resized = [
-        _resized(features.x, feature_grid(encoder), target)
-        for encoder, features in zip(encoders, seen, strict=True)
-    ]
-    x = resized[0] if len(resized) == 1 else jnp.concatenate(resized, axis=-1)
-    n = len(x)
-    if connector.pool == "shuffle":
-        x = gather(x.reshape(n, *target, -1), connector.factor)
-        x = x.reshape(n, -1, x.shape[-1])
-    elif connector.pool == "adjacent":
-        x = x.reshape(n, x.shape[1] // connector.factor, -1)
-    elif connector.pool == "average":
-        x = regrid(x, target, connector.grid, averaging)
-    kept = len(seen) == 1 and connector.pool == "none" and resized[0] is seen[0].x
-    return Features(x, seen[0].mask if kept else None)
+    rows, columns, width = table.shape
+    if method == "bucket":
+        row, column = (
+            bucket(seen.at[..., i], seen.grids[:, i, None], size)
+            for i, size in enumerate((rows, columns))
+        )
+        return table[row, column]
+    row, column = (
+        weights(seen.at[..., i], seen.grids[:, i, None], size, method)
+        for i, size in enumerate((rows, columns))
+    )
+    both = (row[..., :, None] * column[..., None, :]).reshape(*row.shape[:2], rows * columns)
+    return jnp.matmul(
+        both, table.reshape(rows * columns, width), precision=jax.lax.Precision.HIGHEST
+    )
 
 
-def _resized(x: Float[Array, "n P E"], grid: Grid | None, target: Grid | None):
-    return x if grid is None or target is None else regrid(x, grid, target, bilinear)
+def bucket(place: Int[Array, "m P"], count: Int[Array, "m 1"], size: int) -> Int[Array, "m P"]:
+    """Which of `size` equal parts of an image the `place`-th of `count` patches begins in.
+
+    Computed as Idefics2 does (transformers), to the last bit: 70 patches over a table of 70 lie on
+    the borders of the parts, so that another rounding would move them.
+    """
+    share = place.astype(jnp.float32) * (1.0 / count.astype(jnp.float32))
+    share = jnp.minimum(share, jnp.float32(1 - 1e-6))
+    borders = ((1 + np.arange(size - 1)) * (1 / size)).astype(np.float32)
+    return (share[..., None] >= borders).sum(-1)
 
 
-def with_newlines(
-    x: Float[Array, "n Q D"], newline: Float[Array, " D"], rows: int = 0
-) -> Float[Array, "n _Q D"]:
-    """Puts a token behind each of so many rows, or with `rows=0` behind all."""
-    n, _, width = x.shape
-    x = x.reshape(n, rows or 1, -1, width)
-    newline = jnp.broadcast_to(newline.astype(x.dtype), (*x.shape[:2], 1, width))
-    return jnp.concatenate([x, newline], axis=2).reshape(n, -1, width)
+def weights(
+    place: Int[Array, "m P"], count: Int[Array, "m 1"], size: int, method: str
+) -> Float[Array, "m P S"]:
+    """How much of each of `size` entries the `place`-th of `count` patches takes, along one axis.
+
+    As torch.nn.functional.interpolate with align_corners=False. Antialiasing widens the filter
+    where there are fewer patches than entries; its cubic is that of PIL (a = -0.5), the other
+    that of OpenCV (a = -0.75), which repeats the border.
+    """
+    step = size / count.astype(jnp.float32)
+    centre = (place.astype(jnp.float32) + 0.5) * step
+    entries = jnp.arange(size)
+    if method == "bicubic":
+        first = jnp.floor(centre - 0.5)
+        total = jnp.zeros((*centre.shape, size))
+        for tap in (-1, 0, 1, 2):
+            entry = jnp.clip(first + tap, 0, size - 1)
+            weight = cubic(first + tap + 0.5 - centre, a=-0.75)
+            total += jnp.where(entries == entry[..., None], weight[..., None], 0.0)
+        return total
+    distance = (entries + 0.5 - centre[..., None]) / jnp.maximum(step, 1.0)[..., None]
+    if method == "bicubic_antialias":
+        total = cubic(distance, a=-0.5)
+    else:
+        total = jnp.maximum(1.0 - jnp.abs(distance), 0.0)
+    return total / total.sum(-1, keepdims=True)
+
+
+def cubic(x: Float[Array, "..."], a: float) -> Float[Array, "..."]:
+    """Keys's cubic convolution kernel (1981)."""
+    x = jnp.abs(x)
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    far = a * (((x - 5) * x + 8) * x - 4)
+    return jnp.where(x <= 1, near, jnp.where(x < 2, far, 0.0))
+
+
+def angles(
+    seen: Places, reference: tuple[int, int], head_dim: int, theta: float = 10_000.0
+) -> Float[Array, "m P 1 R"]:
+    """Rotary angles of a head's pairs: half of them turn with the row, half with the column.
+
+    Args:
+      seen: places, and grids that are stretched to `reference` (EVA-02).
+      reference: rows and columns.
+      head_dim: a multiple of 4.
+      theta: of the slowest.
+    """
+    share = seen.at / seen.grids[:, None] * jnp.asarray(reference, jnp.float32)
+    quarter = head_dim // 4
+    frequencies = theta ** (-jnp.arange(quarter) / quarter)
+    turned = share[..., None] * frequencies
+    return turned.reshape(*seen.at.shape[:2], 1, 2 * quarter)
+
+
+def rotate_pairs(
+    x: Float[Array, "n P H K"], angle: Float[Array, "m P 1 R"]
+) -> Float[Array, "n P H K"]:
+    """Turns adjacent numbers of a head against each other, in float32."""
+    first, second = (x[..., i::2].astype(jnp.float32) for i in (0, 1))
+    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    turned = first * cos - second * sin, second * cos + first * sin
+    return jnp.stack(turned, axis=-1).reshape(x.shape).astype(x.dtype)
+
+
+def sincos2d(
+    grid: tuple[int, int], width: int, temperature: float = 10_000.0
+) -> Float[Array, "P D"]:
+    """Fixed positions of a grid: sines and cosines of column, then row (MoCo-v3).
+
+    Raises:
+      ValueError: `width` is not a multiple of 4.
+    """
+    if width % 4:
+        raise ValueError(f"sincos2d positions need a width that is a multiple of 4, not {width}")
+    rows, columns = jnp.mgrid[: grid[0], : grid[1]]
+    frequencies = temperature ** (-jnp.arange(width // 4) / (width // 4 - 1))
+    x = columns.reshape(-1, 1) * frequencies
+    y = rows.reshape(-1, 1) * frequencies
+    return jnp.concatenate([jnp.sin(x), jnp.cos(x), jnp.sin(y), jnp.cos(y)], axis=1)

@@ -18,6 +18,7 @@ from vlm_jax.parallel.sharding import constrain
 ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "silu": jax.nn.silu,
     "relu": jax.nn.relu,
 }
@@ -107,8 +108,8 @@ NORMS = {
 class Mlp(nnx.Module):
     """The feed-forward part: `down(act(up(x)))`, or gated `down(act(gate(x)) * up(x))`.
 
-    `out` is the width of the result, by default that of `x`; above 0, `norm_eps` is that of a
-    LayerNorm before `down`.
+    `out` is the width of the result, by default that of `x`. With `inner_eps`, a LayerNorm of that
+    epsilon stands before `down` (NormFormer, EVA-02).
     """
 
     def __init__(
@@ -121,12 +122,12 @@ class Mlp(nnx.Module):
         bias: bool,
         rngs,
         out: int = 0,
-        norm_eps: float = 0.0,
+        inner_eps: float = 0.0,
     ):
         self.gate = Linear((width,), (hidden,), bias=bias, rngs=rngs) if gated else None
         self.up = Linear((width,), (hidden,), bias=bias, rngs=rngs)
+        self.norm = LayerNorm(hidden, inner_eps) if inner_eps else None
         self.down = Linear((hidden,), (out or width,), bias=bias, rngs=rngs)
-        self.norm = LayerNorm(hidden, norm_eps) if norm_eps else None
         self.activation = activation
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T _D"]:
@@ -139,8 +140,9 @@ class Mlp(nnx.Module):
 class Attention(nnx.Module):
     """Multi-head attention with grouped key/value heads; queries and context may differ.
 
-    `bias` is that of queries, keys and values; `out_bias` that of the output, by default the same.
-    `context` is the width of the context, by default that of the queries.
+    `bias` is that of queries, keys and values; `key_bias`, `value_bias` and `out_bias` are those of
+    keys, values and the output, by default the same. `context` is the width of the context, by
+    default that of the queries.
     """
 
     def __init__(
@@ -151,14 +153,18 @@ class Attention(nnx.Module):
         head_dim: int,
         *,
         bias: bool,
+        key_bias: bool | None = None,
+        value_bias: bool | None = None,
         out_bias: bool | None = None,
         context: int = 0,
         rngs,
     ):
-        out_bias = bias if out_bias is None else out_bias
+        biases = (key_bias, value_bias, out_bias)
+        key_bias, value_bias, out_bias = (bias if b is None else b for b in biases)
         self.query = Linear((width,), (heads, head_dim), bias=bias, rngs=rngs)
-        self.key = Linear((context or width,), (kv_heads, head_dim), bias=bias, rngs=rngs)
-        self.value = Linear((context or width,), (kv_heads, head_dim), bias=bias, rngs=rngs)
+        context = context or width
+        self.key = Linear((context,), (kv_heads, head_dim), bias=key_bias, rngs=rngs)
+        self.value = Linear((context,), (kv_heads, head_dim), bias=value_bias, rngs=rngs)
         self.out = Linear((heads, head_dim), (width,), bias=out_bias, rngs=rngs)
 
     def project(

@@ -33,8 +33,9 @@ AXES = (
     (r"connector/flat/bias", (None, "embed")),
     (r"connector/(newline|query)", (None,)),
     (r".*attention/sources/\d+/positions", (None, "embed")),
+    (r"(encoder|extra_encoders/\d+)/(row_positions|column_positions|registers)", (None, "embed")),
     (r".*/stem/.*/conv", (None, None, None, "embed")),
-    (r".*/(scale|bias|probe)", (None,)),
+    (r".*/(scale|bias|probe|class_token)", (None,)),
 )
 
 

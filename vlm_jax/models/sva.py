@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from vlm_jax.models.grids import bilinear, regrid, with_newlines
+from vlm_jax.models.joining import bilinear, regrid, with_newlines
 from vlm_jax.models.layers import Features, LayerNorm, Linear, Mlp, Stack, attend, drop
 from vlm_jax.models.vit import gather
 from vlm_jax.parallel.sharding import constrain

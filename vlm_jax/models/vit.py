@@ -1,7 +1,7 @@
-"""The vision transformer: pixels or patches of square images to patch features.
+"""The vision transformer: pixels or patches to patch features.
 
-A pre-norm ViT as in big_vision (models/vit.py): learned or sincos2d positions, biases everywhere,
-an optional attention-pooling head. n counts images, whatever row they came from.
+Every difference between published towers is a field of `presets.encoders.Encoder`. n counts images,
+whatever row they came from.
 """
 
 import math
@@ -9,125 +9,88 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from vlm_jax.batch import Images
+from vlm_jax.models import grids
 from vlm_jax.models.layers import (
-    ACTIVATIONS,
+    NORMS,
     Attention,
     Features,
     LayerNorm,
-    Linear,
     Mlp,
     Stack,
+    attend,
     drop,
 )
+from vlm_jax.models.stems import STEMS
 from vlm_jax.parallel.sharding import constrain
 from vlm_jax.presets.encoders import Encoder
 
 
+class LayerScale(nnx.Module):
+    """A learned factor per channel on a branch (Touvron et al. 2021)."""
+
+    def __init__(self, width: int, start: float):
+        self.scale = nnx.Param(jnp.full(width, start))
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        return x * self.scale[...].astype(x.dtype)
+
+
 class Block(nnx.Module):
-    """Self-attention and feed-forward part, each behind a LayerNorm and a residual."""
+    """Self-attention and feed-forward part, each with a norm and a residual."""
 
     def __init__(self, encoder: Encoder, rngs: nnx.Rngs):
-        width, heads = encoder.width, encoder.heads
-        self.norm1 = LayerNorm(width, encoder.norm_eps)
-        self.attention = Attention(width, heads, heads, width // heads, bias=True, rngs=rngs)
-        self.norm2 = LayerNorm(width, encoder.norm_eps)
-        self.mlp = Mlp(width, encoder.mlp, encoder.activation, gated=False, bias=True, rngs=rngs)
-        self.dropout = encoder.dropout
+        self.encoder = encoder
+        width, heads, size = encoder.width, encoder.heads, encoder.key_width
+        make_norm, eps = NORMS[encoder.norm], encoder.norm_eps
+        query, key, value, out = (encoder.has_bias(p) for p in ("query", "key", "value", "out"))
+        biases = {"bias": query, "key_bias": key, "value_bias": value, "out_bias": out}
+        self.norm1 = make_norm(width, eps)
+        self.attention = Attention(width, heads, heads, size, **biases, rngs=rngs)
+        self.inner_norm = LayerNorm(heads * size, eps) if encoder.inner_norm else None
+        self.norm2 = make_norm(width, eps)
+        self.mlp = Mlp(
+            width,
+            encoder.mlp,
+            encoder.activation,
+            gated=encoder.gated,
+            bias=encoder.has_bias("mlp"),
+            inner_eps=eps if encoder.inner_norm else 0.0,
+            rngs=rngs,
+        )
+        start = encoder.layer_scale
+        self.scale1, self.scale2 = (LayerScale(width, start) if start else None for _ in range(2))
 
     def __call__(
-        self, x: Float[Array, "n P D"], path_rate: Float[Array, ""] | float, key
-    ) -> Float[Array, "n P D"]:
+        self,
+        x: Float[Array, "n T D"],
+        mask: Bool[Array, "n 1 1 T"] | None,
+        angle: Float[Array, "m T 1 R"] | None,
+        path_rate: Float[Array, ""] | float,
+        key,
+    ) -> Float[Array, "n T D"]:
         keys = (None,) * 4 if key is None else jax.random.split(key, 4)
-        y = self.norm1(x)
-        y = drop(self.attention(y, y), self.dropout, keys[0])
-        x = x + drop(y, path_rate, keys[1], per_row=True)
-        y = drop(self.mlp(self.norm2(x)), self.dropout, keys[2])
-        return constrain(x + drop(y, path_rate, keys[3], per_row=True), "batch", None, None)
+        attention = lambda y: self._attention(y, mask, angle)  # noqa: E731
+        y = self._branch(x, attention, self.norm1, self.scale1)
+        x = x + drop(drop(y, self.encoder.dropout, keys[0]), path_rate, keys[1], per_row=True)
+        y = self._branch(x, self.mlp, self.norm2, self.scale2)
+        x = x + drop(drop(y, self.encoder.dropout, keys[2]), path_rate, keys[3], per_row=True)
+        return constrain(x, "batch", None, None)
 
+    def _branch(self, x, function, norm, scale) -> Float[Array, "n T D"]:
+        y = norm(function(x)) if self.encoder.post_norm else function(norm(x))
+        return y if scale is None else scale(y)
 
-class PatchStem(nnx.Module):
-    """One matrix over flattened patches."""
-
-    def __init__(self, encoder: Encoder, rngs: nnx.Rngs):
-        self.embed = Linear((encoder.patch**2 * 3,), (encoder.width,), bias=True, rngs=rngs)
-
-    def __call__(self, images: Images, encoder: Encoder) -> Float[Array, "n P D"]:
-        rows, _, dim = images.patches.shape
-        patches = images.patches.reshape(rows * images.grids.shape[1], encoder.patches, dim)
-        return self.embed(patches.astype(encoder.dtype))
-
-
-class ConvBlock(nnx.Module):
-    """A residual 3x3 convolution: `x + out(act(norm(conv(x))))`."""
-
-    def __init__(self, encoder: Encoder, width: int, rngs: nnx.Rngs):
-        # He initialisation; one output in nine reaches any place, so fans count the window.
-        noise = jax.random.normal(rngs(), (3, 3, width, width))
-        self.conv = nnx.Param(noise * math.sqrt(2 / (9 * width)))
-        self.norm = LayerNorm(width, encoder.norm_eps)
-        self.out = Linear((width,), (width,), bias=True, rngs=rngs)
-        self.activation = encoder.activation
-
-    def __call__(self, x: Float[Array, "n h w C"]) -> Float[Array, "n h w C"]:
-        y = jax.lax.conv_general_dilated(
-            x,
-            self.conv[...].astype(x.dtype),
-            window_strides=(1, 1),
-            padding="SAME",
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
-        return x + self.out(ACTIVATIONS[self.activation](self.norm(y)))
-
-
-class ConvStage(nnx.Module):
-    """Gathers `factor` x `factor` places into channels, then residual convolutions."""
-
-    def __init__(self, encoder: Encoder, channels: int, stage: tuple, rngs: nnx.Rngs):
-        self.factor, width, blocks = stage
-        self.embed = Linear((channels * self.factor**2,), (width,), bias=True, rngs=rngs)
-        self.norm = LayerNorm(width, encoder.norm_eps)
-        self.blocks = nnx.List([ConvBlock(encoder, width, rngs) for _ in range(blocks)])
-        self.activation = encoder.activation
-
-    def __call__(self, x: Float[Array, "n h w C"]) -> Float[Array, "n _h _w _C"]:
-        x = ACTIVATIONS[self.activation](self.norm(self.embed(gather(x, self.factor))))
-        for block in self.blocks:
-            x = block(x)
-        return x
-
-
-class ConvStem(nnx.Module):
-    """Stages of convolutions, then one matrix over what a patch has become (a hybrid ViT)."""
-
-    def __init__(self, encoder: Encoder, rngs: nnx.Rngs):
-        widths = (3, *(width for _, width, _ in encoder.stem_stages))
-        pairs = zip(widths[:-1], encoder.stem_stages, strict=True)
-        self.stages = nnx.List([ConvStage(encoder, c, stage, rngs) for c, stage in pairs])
-        self.factor = encoder.patch // math.prod(f for f, _, _ in encoder.stem_stages)
-        sizes = (widths[-1] * self.factor**2,), (encoder.width,)
-        self.embed = Linear(*sizes, bias=True, rngs=rngs)
-
-    def __call__(self, images: Images, encoder: Encoder) -> Float[Array, "n P D"]:
-        rows, slots, *shape = images.pixels.shape
-        x = images.pixels.reshape(rows * slots, *shape).astype(encoder.dtype)
-        for stage in self.stages:
-            x = stage(x)
-        x = self.embed(gather(x, self.factor))
-        return x.reshape(x.shape[0], encoder.patches, encoder.width)
-
-
-def gather(x: Float[Array, "n h w C"], factor: int) -> Float[Array, "n _h _w _C"]:
-    """Moves squares of `factor` x `factor` places into channels (space to depth)."""
-    n, height, width, channels = x.shape
-    x = x.reshape(n, height // factor, factor, width // factor, factor, channels)
-    x = x.transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(n, height // factor, width // factor, factor**2 * channels)
-
-
-STEMS = {"patch": PatchStem, "conv": ConvStem}
+    def _attention(self, x, mask, angle) -> Float[Array, "n T D"]:
+        query, key, value = self.attention.project(x, x)
+        if angle is not None:
+            query, key = grids.rotate_pairs(query, angle), grids.rotate_pairs(key, angle)
+        y = attend(query, key, value, mask, scale=self.encoder.attention_scale or None)
+        if self.inner_norm is not None:
+            y = self.inner_norm(y.reshape(*x.shape[:2], -1)).reshape(y.shape)
+        return self.attention.out(y)
 
 
 class MapHead(nnx.Module):
@@ -141,9 +104,11 @@ class MapHead(nnx.Module):
         self.norm = LayerNorm(width, encoder.norm_eps)
         self.mlp = Mlp(width, encoder.mlp, encoder.activation, gated=False, bias=True, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "n P D"]) -> Float[Array, "n 1 D"]:
+    def __call__(
+        self, x: Float[Array, "n P D"], mask: Bool[Array, "n 1 1 P"] | None
+    ) -> Float[Array, "n 1 D"]:
         probe = jnp.broadcast_to(self.probe[...].astype(x.dtype), (x.shape[0], 1, x.shape[2]))
-        pooled = self.attention(probe, x)
+        pooled = self.attention(probe, x, mask)
         return pooled + self.mlp(self.norm(pooled))
 
 
@@ -152,47 +117,88 @@ class Vit(nnx.Module):
 
     def __init__(self, encoder: Encoder, rngs: nnx.Rngs):
         self.encoder = encoder
+        width, make_norm, eps = encoder.width, NORMS[encoder.norm], encoder.norm_eps
+        rows, columns = encoder.table_grid
+        learn = lambda *shape: nnx.Param(jax.random.normal(rngs(), shape) / math.sqrt(width))  # noqa: E731
         self.stem = STEMS[encoder.stem](encoder, rngs)
-        learned = encoder.position == "learned"
-        noise = jax.random.normal(rngs(), (encoder.patches, encoder.width))
-        self.positions = nnx.Param(noise / math.sqrt(encoder.width)) if learned else None
+        learned, crossed = (encoder.position == kind for kind in ("learned", "row_column"))
+        entries = encoder.class_token + rows * columns
+        self.positions = learn(entries, width) if learned else None
+        self.row_positions = learn(rows, width) if crossed else None
+        self.column_positions = learn(columns, width) if crossed else None
+        self.class_token = learn(width) if encoder.class_token else None
+        self.registers = learn(encoder.registers, width) if encoder.registers else None
+        self.pre_norm = make_norm(width, eps) if encoder.pre_norm else None
         make = lambda rngs: Block(encoder, rngs)  # noqa: E731
-        self.stack = Stack(make, encoder.depth, remat=encoder.remat, rngs=rngs)
-        self.norm = LayerNorm(encoder.width, encoder.norm_eps) if encoder.final_norm else None
+        self.stack = Stack(make, encoder.blocks, remat=encoder.remat, rngs=rngs)
+        self.norm = make_norm(width, eps) if encoder.final_norm else None
         self.head = MapHead(encoder, rngs) if encoder.pool == "map" else None
 
     def __call__(self, images: Images, key: Array | None = None) -> Features:
         encoder = self.encoder
+        seen = grids.places(images, encoder)
         x = self.stem(images, encoder)
-        x = constrain(x + self._positions().astype(x.dtype), "batch", None, None)
+        x = constrain(x + self._positions(seen).astype(x.dtype), "batch", None, None)
+        x = self._prefixed(x)
+        x = x if self.pre_norm is None else self.pre_norm(x)
+        before = encoder.class_token + encoder.registers
+        mask = _looked_at(seen.mask, before)
+        angle = self._angles(seen, before)
         # Stochastic depth's rate rises linearly from 0 at the first block (Huang et al. 2016).
-        rates = jnp.linspace(0.0, encoder.drop_path, encoder.depth)
+        rates = jnp.linspace(0.0, encoder.drop_path, encoder.depth)[: encoder.blocks]
 
         def apply(block, x, rate, key):
-            return block(x, rate if encoder.drop_path else 0.0, key), None
+            return block(x, mask, angle, rate if encoder.drop_path else 0.0, key), None
 
         x, _ = self.stack(apply, x, per_layer=rates, key=key)
+        first = x[:, : encoder.keep_class]
+        x = jnp.concatenate([first, x[:, before:]], axis=1)
         x = x if self.norm is None else self.norm(x)
-        return Features(x if self.head is None else self.head(x))
+        mask = _looked_at(seen.mask, int(encoder.keep_class))
+        if self.head is not None:
+            return Features(self.head(x, mask))
+        return Features(x, None if mask is None else mask[:, 0, 0])
 
-    def _positions(self) -> Float[Array, "P D"]:
-        if self.positions is not None:
-            return self.positions[...]
-        return sincos2d(self.encoder.grid, self.encoder.width)
+    def _positions(self, seen: grids.Places) -> Float[Array, "m P D"] | Float[Array, ""]:
+        """What is added to the patches."""
+        encoder = self.encoder
+        if encoder.position == "sincos2d":
+            return grids.sincos2d(encoder.grid, encoder.width)
+        if encoder.position == "row_column":
+            # Entry 0 is for padding, which nothing looks at: what it is given does not matter.
+            row, column = seen.at[..., 0] + 1, seen.at[..., 1] + 1
+            return self.row_positions[...][row] + self.column_positions[...][column]
+        if encoder.position == "none":
+            return jnp.zeros(())
+        table = self.positions[...][int(encoder.class_token) :]
+        if not encoder.max_patches and encoder.table_grid == encoder.grid:
+            return table
+        table = table.reshape(*encoder.table_grid, encoder.width)
+        return grids.resized(table, seen, encoder.position_resize)
+
+    def _prefixed(self, x: Float[Array, "n P D"]) -> Float[Array, "n T D"]:
+        """With the class token, which has the first learned position, and registers before it."""
+        tokens = []
+        if self.class_token is not None:
+            first = 0.0 if self.positions is None else self.positions[...][0]
+            tokens.append((self.class_token[...] + first)[None])
+        if self.registers is not None:
+            tokens.append(self.registers[...])
+        if not tokens:
+            return x
+        tokens = jnp.concatenate(tokens).astype(x.dtype)
+        return jnp.concatenate([jnp.broadcast_to(tokens, (x.shape[0], *tokens.shape)), x], axis=1)
+
+    def _angles(self, seen: grids.Places, before: int) -> Float[Array, "m T 1 R"] | None:
+        """Rotary angles; tokens before the patches are not turned."""
+        if not self.encoder.rotary_grid:
+            return None
+        angle = grids.angles(seen, self.encoder.rotary_grid, self.encoder.key_width)
+        return jnp.pad(angle, ((0, 0), (before, 0), (0, 0), (0, 0)))
 
 
-def sincos2d(
-    grid: tuple[int, int], width: int, temperature: float = 10_000.0
-) -> Float[Array, "P D"]:
-    """Fixed positions of a grid: sines and cosines of column, then row (MoCo-v3).
-
-    Raises:
-      ValueError: `width` is not a multiple of 4.
-    """
-    if width % 4:
-        raise ValueError(f"sincos2d positions need a width that is a multiple of 4, not {width}")
-    rows, columns = jnp.mgrid[: grid[0], : grid[1]]
-    frequencies = temperature ** (-jnp.arange(width // 4) / (width // 4 - 1))
-    x = columns.reshape(-1, 1) * frequencies
-    y = rows.reshape(-1, 1) * frequencies
-    return jnp.concatenate([jnp.sin(x), jnp.cos(x), jnp.sin(y), jnp.cos(y)], axis=1)
+def _looked_at(mask: Bool[Array, "n P"] | None, before: int) -> Bool[Array, "n 1 1 T"] | None:
+    """The mask of keys, with so many tokens before the patches."""
+    if mask is None:
+        return None
+    return jnp.pad(mask, ((0, 0), (before, 0)), constant_values=True)[:, None, None]

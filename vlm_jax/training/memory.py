@@ -141,12 +141,12 @@ def _towers(config: Config, rows: int, tensor: int) -> Iterator[Tower]:
         yield Tower(
             "encoder",
             sequences=rows * data.images_per_row,
-            length=encoder.patches,
-            context=encoder.patches,
+            length=encoder.tokens,
+            context=encoder.tokens,
             width=encoder.width,
             mlp=encoder.mlp / tensor,
             heads=encoder.heads / tensor,
-            depth=encoder.depth,
+            depth=encoder.blocks,
             remat=encoder.remat,
             item=item(encoder),
         )

@@ -98,13 +98,13 @@ LAYOUTS = {
     ),
     # One row less: [1, 1, D] for [D].
     "token": Layout(lambda x, shape: x.reshape(shape), lambda x: x.reshape(1, 1, -1)),
-    # An axis of one image before ours: learned queries.
-    "batch": Layout(lambda x, shape: x.reshape(shape), lambda x: x[None]),
+    # One axis more in front: learned queries [1, Q, D].
+    "first": Layout(lambda x, shape: x.reshape(shape), lambda x: x[None]),
     "row": Layout(lambda x, shape: x.reshape(shape), lambda x: x.reshape(1, -1)),
     "number": Layout(lambda x, shape: x.reshape(shape), lambda x: x.reshape(1)),
     # "linear" and "flat" of queries and keys whose rotary pairs stand side by side (llama.cpp).
     "linear_pairs": Layout(
-        lambda x, shape: np.moveaxis(_halves(x.reshape(*shape[1:], -1)), -1, 0),
+        lambda x, shape: _halves(x.reshape(*shape[1:], -1)).transpose(2, 0, 1),
         lambda x: _pairs(x.transpose(1, 2, 0)).reshape(-1, x.shape[0]),
     ),
     "flat_pairs": Layout(
@@ -113,9 +113,8 @@ LAYOUTS = {
     # Scales with their one added, ours without (llama.cpp's Gemmas); exact but for scales below
     # a half that are no sum of one and a float32.
     "plus_one": Layout(lambda x, shape: x.reshape(shape) - 1, lambda x: x + 1),
-    # big_vision's: one axis more in front; patches with their channels last; queries, keys and
-    # values with the heads in front, alone or as parts of one array.
-    "first": Layout(lambda x, shape: x.reshape(shape), lambda x: x[None]),
+    # big_vision's: patches with their channels last; queries, keys and values with the heads in
+    # front, alone or as parts of one array.
     "patch_last": Layout(
         lambda x, shape: x.reshape(shape), lambda x: _square(x).transpose(2, 3, 1, 0)
     ),

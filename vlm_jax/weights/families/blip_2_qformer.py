@@ -19,7 +19,7 @@ CARRIED: tuple[str, ...] = ()
 def rows(preset: QFormer) -> list[Row]:
     """The table of a Q-Former without text."""
     return [
-        Row("queries", "query_tokens", "batch"),
+        Row("queries", "query_tokens", "first"),
         *norm("norm", "qformer.layernorm"),
         *layers(preset),
         *linear("project", "language_projection"),

@@ -16,7 +16,7 @@ def rows(preset: QFormer) -> list[Row]:
     """The table of a Q-Former with text."""
     embeddings = "qformer.embeddings."
     return [
-        Row("queries", "query_tokens", "batch"),
+        Row("queries", "query_tokens", "first"),
         Row("embedding", embeddings + "word_embeddings.weight"),
         Row("positions", embeddings + "position_embeddings.weight"),
         *norm("norm", embeddings + "layernorm"),

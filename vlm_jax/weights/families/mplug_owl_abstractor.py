@@ -23,7 +23,7 @@ def rows(preset: Connector) -> list[Row]:
     block += norm("norm_latents", "norm1") + norm("norm_context", "normk")
     found = placed(block, "stack/blocks/", "encoder.layers.{}.crossattention.")
     found += [*linear("project", "visual_fc"), Row("newline", "vit_eos", "token")]
-    return [Row("queries", "query_tokens", "batch"), *placed(found, theirs="abstractor.")]
+    return [Row("queries", "query_tokens", "first"), *placed(found, theirs="abstractor.")]
 
 
 def read(hf: Mapping[str, Any]) -> Connector:
