@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from vlm_jax.models.joining import bilinear, regrid, with_newlines
 from vlm_jax.models.layers import Features, LayerNorm, Linear, Mlp, Stack, attend, drop
-from vlm_jax.models.vit import gather
+from vlm_jax.models.stems import gather
 from vlm_jax.parallel.sharding import constrain
 from vlm_jax.presets.connectors import feature_grid
 from vlm_jax.presets.sva import Sva as Preset
