@@ -122,7 +122,8 @@ class Mlp(nnx.Module):
 class Attention(nnx.Module):
     """Multi-head attention with grouped key/value heads; queries and context may differ.
 
-    `bias` is that of queries, keys and values; `out_bias` that of the output, by default the same.
+    `bias` is that of queries, keys and values; `out_bias` that of the output, by default the same;
+    `context` the width of the context, by default the same.
     """
 
     def __init__(
@@ -134,22 +135,33 @@ class Attention(nnx.Module):
         *,
         bias: bool,
         out_bias: bool | None = None,
+        context: int = 0,
         rngs,
     ):
         out_bias = bias if out_bias is None else out_bias
         self.query = Linear((width,), (heads, head_dim), bias=bias, rngs=rngs)
-        self.key = Linear((width,), (kv_heads, head_dim), bias=bias, rngs=rngs)
-        self.value = Linear((width,), (kv_heads, head_dim), bias=bias, rngs=rngs)
+        context = (context or width,)
+        self.key = Linear(context, (kv_heads, head_dim), bias=bias, rngs=rngs)
+        self.value = Linear(context, (kv_heads, head_dim), bias=bias, rngs=rngs)
         self.out = Linear((heads, head_dim), (width,), bias=out_bias, rngs=rngs)
 
     def project(
         self, x: Float[Array, "B T D"], context: Float[Array, "B S D"]
     ) -> tuple[Float[Array, "B T H K"], Float[Array, "B S G K"], Float[Array, "B S G K"]]:
         """Queries of `x`, keys and values of `context`."""
-        query = constrain(self.query(x), "batch", None, "heads", None)
+        return self.queries(x), *self.keys_values(context)
+
+    def queries(self, x: Float[Array, "B T D"]) -> Float[Array, "B T H K"]:
+        """Queries alone."""
+        return constrain(self.query(x), "batch", None, "heads", None)
+
+    def keys_values(
+        self, context: Float[Array, "B S D"]
+    ) -> tuple[Float[Array, "B S G K"], Float[Array, "B S G K"]]:
+        """Keys and values alone."""
         key = constrain(self.key(context), "batch", None, "kv_heads", None)
         value = constrain(self.value(context), "batch", None, "kv_heads", None)
-        return query, key, value
+        return key, value
 
     def __call__(
         self, x: Float[Array, "B T D"], context: Float[Array, "B S D"], mask=None
@@ -249,12 +261,16 @@ class Stack(nnx.Module):
           key: dropout's, split over the layers.
         """
         keys = None if key is None else jax.random.split(key, self.layers)
+        unroll = not self.remat and self.layers <= UNROLLED_LAYERS
+        inputs = (self.blocks, per_layer, keys)
+        return jax.lax.scan(self.step(apply), carry, inputs, unroll=unroll)
+
+    def step(self, apply: Callable) -> Callable:
+        """The body of a scan over (block, inputs, key) of each layer."""
 
         def step(carry, inputs):
             block, rest, key = inputs
             return apply(block, carry, rest, key)
 
         # prevent_cse is only needed outside scan (jax.checkpoint's documentation).
-        step = jax.checkpoint(step, prevent_cse=False) if self.remat else step
-        unroll = not self.remat and self.layers <= UNROLLED_LAYERS
-        return jax.lax.scan(step, carry, (self.blocks, per_layer, keys), unroll=unroll)
+        return jax.checkpoint(step, prevent_cse=False) if self.remat else step
