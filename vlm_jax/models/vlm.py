@@ -87,9 +87,7 @@ class VLM(nnx.Module):
         seen = None if cache is None else cache.seen
         return self.decoder.cross.hook(image_index, visual, seen)
 
-    def empty_cache(
-        self, rows: int, slots: int, visual: Float[Array, "B N Q D"] | None
-    ) -> Cache:
+    def empty_cache(self, rows: int, slots: int, visual: Float[Array, "B N Q D"] | None) -> Cache:
         """The decoder's cache for `slots` positions, with what cross-attention looks at."""
         cache = self.decoder.empty_cache(rows, slots)
         if self.decoder.cross is None or visual is None:
