@@ -88,13 +88,13 @@ GOLDENS = {
     "flamingo_mpt": flamingo_case(
         cases.mpt(17, 6, 4, 3), 3, 5, every=2, start=1, width=5, norm_eps=1e-2
     ),
-    # Two blocks where there is room for three, and a layer after them.
+    # One block where there is room for two, and a layer after it.
     "flamingo_neox": flamingo_case(
-        cases.neox(17, 8, 3, 10, 2, rope_share=0.5, parallel=True),
+        cases.neox(17, 8, 2, 10, 2, rope_share=0.5, parallel=True),
         *(2, 3),
         every=1,
         start=0,
-        count=2,
+        count=1,
         width=5,
         norm_eps=1e-4,
     ),
@@ -102,10 +102,10 @@ GOLDENS = {
 
 LARGER = {
     "idefics": idefics_case(
-        *(101, 60, 6, 90, 6), visual=44, decoder={"added": 2}, eps=1e-4, every=3, qk_norm=True
+        *(101, 60, 4, 90, 6), visual=44, decoder={"added": 2}, eps=1e-4, every=2, qk_norm=True
     ),
     "flamingo_mpt": flamingo_case(
-        cases.mpt(97, 70, 7, 7), 4, 16, every=4, start=3, width=40, norm_eps=1e-5
+        cases.mpt(97, 70, 5, 7), 4, 16, every=3, start=2, width=40, norm_eps=1e-5
     ),
     "flamingo_neox": flamingo_case(
         cases.neox(89, 40, 5, 70, 5, rope_share=1.0, parallel=False),
