@@ -45,7 +45,7 @@ def documents(model: Model, parts=PARTS, seed: int = 0) -> list:
     return [document(rng, part, model.image_positions) for part in parts]
 
 
-def laid_out(model: Model, rows: list[list], tokens: int, slots: int, **fields) -> Batch:
+def laid_out(model: Model, rows: list[list], tokens: int = 24, slots: int = 4, **fields) -> Batch:
     """As `lay_out`, with the image that each token looks at."""
     batch = lay_out(model, rows, tokens, slots, **fields)
     visual, segments = np.asarray(batch.visual_index), np.asarray(batch.segments)
@@ -66,8 +66,8 @@ def test_a_packed_row_gives_its_documents_logits_alone(name):
     model = MODELS[name]
     flat, (first, second) = weights(model), documents(model)
     lengths = len(first.tokens), len(second.tokens)
-    packed = laid_out(model, [[first, second]], sum(lengths) + 3, slots=4, empty=9.0)
-    alone = laid_out(model, [[first], [second]], sum(lengths) + 3, slots=4)
+    packed = laid_out(model, [[first, second], []], empty=9.0)
+    alone = laid_out(model, [[first], [second]])
     together, apart = logits(model, flat, packed)[0], logits(model, flat, alone)
     for start, row, length in ((0, 0, lengths[0]), (lengths[0], 1, lengths[1])):
         found = together[start : start + length]
@@ -78,15 +78,16 @@ def test_an_image_changes_its_own_placeholder_and_what_follows():
     model = MODELS["looked at"]
     flat, (first, _) = weights(model), documents(model)
     other = first._replace(pixels=[first.pixels[0] + 1])
-    one, two = logits(model, flat, laid_out(model, [[first], [other]], len(first.tokens), slots=1))
+    one, two = logits(model, flat, laid_out(model, [[first], [other]]))
     np.testing.assert_array_equal(one[:2], two[:2])
-    assert (np.abs(one[2:] - two[2:]).max(axis=-1) > 1e-3).all()
+    length = len(first.tokens)
+    assert (np.abs(one[2:length] - two[2:length]).max(axis=-1) > 1e-3).all()
 
 
 def test_text_alone_needs_no_encoder_and_gives_it_no_gradient():
     model = MODELS["looked at"]
     flat = weights(model)
-    batch = laid_out(model, [documents(model, [(7,), (4,)])], 13, slots=2, empty=1.0)
+    batch = laid_out(model, [documents(model, [(7,), (4,)]), []], empty=1.0)
     seen, unseen = (logits(model, flat, batch, visual=visual) for visual in (True, False))
     np.testing.assert_allclose(seen, unseen, rtol=1e-6, atol=1e-6)
     found = gradients(model, flat, batch)
@@ -100,7 +101,7 @@ def test_with_gates_at_zero_where_they_start_the_model_says_what_its_decoder_say
     model = MODELS["looked at"]
     gates = [path for path in params.abstract(model) if path.endswith("_gate")]
     flat = weights(model) | {path: jnp.zeros((2, 1)) for path in gates}
-    batch = laid_out(model, [documents(model)], 20, slots=3)
+    batch = laid_out(model, [documents(model), []])
     plain = params.abstract(Model(decoder=model.decoder))
     decoder = params.build(Model(decoder=model.decoder), {p: flat[p] for p in plain})
     wanted = decoder.unembed(decoder.hidden(batch, None))
@@ -110,7 +111,7 @@ def test_with_gates_at_zero_where_they_start_the_model_says_what_its_decoder_say
 def test_every_leaf_gets_the_same_finite_gradient_with_and_without_remat():
     model = MODELS["looked at"]
     flat, key = weights(model), jax.random.key(1)
-    batch = laid_out(model, [documents(model)], 24, slots=3)
+    batch = laid_out(model, [documents(model), []])
     fusion = dataclasses.replace(model.fusion, dropout=0.2)
     plain, remat = (
         gradients(
