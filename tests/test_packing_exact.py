@@ -77,7 +77,7 @@ def examples() -> list[Example]:
         ("causal", None),
         ("prefix", None),
         ("causal", dataclasses.replace(CROSS, width=28)),
-        ("prefix", dataclasses.replace(CROSS, both=True)),
+        pytest.param("prefix", dataclasses.replace(CROSS, both=True), marks=pytest.mark.slow),
     ],
 )
 def test_packed_rows_give_the_loss_and_gradients_of_their_documents_alone(attention, fusion):

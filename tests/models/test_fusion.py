@@ -108,6 +108,7 @@ def test_with_gates_at_zero_where_they_start_the_model_says_what_its_decoder_say
     np.testing.assert_allclose(logits(model, flat, batch), wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_every_leaf_gets_the_same_finite_gradient_with_and_without_remat():
     model = MODELS["looked at"]
     flat, key = weights(model), jax.random.key(1)
@@ -174,7 +175,7 @@ class Mix(nnx.Module):
 
 @pytest.mark.parametrize(
     "first, every, places",
-    [(0, 1, 6), (0, 3, 2), (1, 2, 3), (2, 3, 2), (0, 2, 1), (5, 4, 1), (3, 3, 2)],
+    [(0, 3, 2), (1, 2, 3), (2, 3, 2), (0, 2, 1), (3, 3, 2)],
 )
 def test_a_hook_stands_before_every_so_many_layers(first, every, places):
     remat = first > 0
