@@ -128,7 +128,9 @@ def test_every_leaf_gets_the_same_finite_gradient_with_and_without_remat():
         np.testing.assert_allclose(remat[path], gradient, rtol=1e-3, atol=atol, err_msg=path)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", ["looked at", pytest.param("looked at and read", marks=pytest.mark.slow)]
+)
 def test_cached_generation_equals_full_passes(name):
     model = MODELS[name]
     flat = weights(model, seed=2)
