@@ -1,5 +1,6 @@
 """Exact packing through every room: source or hand-made examples, template, packer, model, loss."""
 
+import dataclasses
 import functools
 
 import jax
@@ -15,6 +16,7 @@ from vlm_jax.models import params
 from vlm_jax.presets.connectors import Connector
 from vlm_jax.presets.decoders import Decoder
 from vlm_jax.presets.encoders import Encoder
+from vlm_jax.presets.fusion import CrossAttention
 from vlm_jax.training import objectives
 
 MODEL = configs.Model(
@@ -23,8 +25,10 @@ MODEL = configs.Model(
     Decoder(3072, 40, 2, 56, 4, 2, 10, tied=True, dtype="float32", remat=False),
 )
 
+CROSS = CrossAttention(24, heads=3, kv_heads=1, head_dim=6, every=1)
 
-def config(attention: str = "causal") -> configs.Config:
+
+def config(attention: str = "causal", fusion: CrossAttention | None = None) -> configs.Config:
     data = configs.Data(
         {"emoji:caption": 1.0},
         rows=2,
@@ -32,7 +36,8 @@ def config(attention: str = "causal") -> configs.Config:
         images_per_row=6,
         attention=attention,
     )
-    return configs.Config(name="exact", model=MODEL, data=data)
+    model = dataclasses.replace(MODEL, fusion=fusion)
+    return configs.Config(name="exact", model=model, data=data)
 
 
 def pictures(count: int) -> tuple[bytes, ...]:
@@ -66,13 +71,23 @@ def examples() -> list[Example]:
     ]
 
 
-@pytest.mark.parametrize("attention", ["causal", "prefix"])
-def test_packed_rows_give_the_loss_and_gradients_of_their_documents_alone(attention):
-    run = config(attention)
+@pytest.mark.parametrize(
+    "attention, fusion",
+    [
+        ("causal", None),
+        ("prefix", None),
+        ("causal", dataclasses.replace(CROSS, width=28)),
+        pytest.param("prefix", dataclasses.replace(CROSS, both=True), marks=pytest.mark.slow),
+    ],
+)
+def test_packed_rows_give_the_loss_and_gradients_of_their_documents_alone(attention, fusion):
+    run = config(attention, fusion)
     tokenizer = tokenizers.for_config(run)
     packed = [documents.document(e, run, tokenizer) for e in examples()]
     shape = packing.shape_of(run, tokenizer.pad)
     flat = params.init(run.model, jax.random.key(0))
+    # Gates start at zero, where what lies behind them has no gradient.
+    flat = {path: leaf + 0.5 * path.endswith("_gate") for path, leaf in flat.items()}
 
     @jax.jit
     def total(flat, batch):
@@ -88,6 +103,7 @@ def test_packed_rows_give_the_loss_and_gradients_of_their_documents_alone(attent
     together = packing.assemble([packed[:3], packed[3:]], shape)
     alone = [packing.assemble([[document]], shape) for document in packed]
     (loss, weight), gradient = total(flat, together)
+    assert all(jnp.isfinite(leaf).all() and leaf.any() for leaf in gradient.values())
     parts = [total(flat, batch) for batch in alone]
 
     assert total._cache_size() == 1  # text only, three images, images in the middle: one program

@@ -19,6 +19,7 @@ from vlm_jax.errors import ConfigError
 from vlm_jax.presets.connectors import Connector
 from vlm_jax.presets.decoders import Decoder
 from vlm_jax.presets.encoders import Encoder
+from vlm_jax.presets.fusion import CrossAttention
 from vlm_jax.presets.mapping import Mapping as MappingNetwork
 from vlm_jax.presets.qformer import QFormer
 from vlm_jax.presets.sva import Sva
@@ -35,12 +36,15 @@ class Model:
       connector: from the features of all encoders to visual tokens.
       decoder: the language model.
       extra_encoders: further encoders that look at the same images.
+      fusion: gated cross-attention between the decoder's layers; None = visual tokens stand in the
+        sequence and nothing else (autoregressive).
     """
 
     encoder: Encoder | None = None
     connector: Connector | QFormer | Sva | MappingNetwork | None = None
     decoder: Decoder | None = None
     extra_encoders: tuple[Encoder, ...] = ()
+    fusion: CrossAttention | None = None
 
     @property
     def encoders(self) -> tuple[Encoder, ...]:
@@ -51,6 +55,21 @@ class Model:
     def visual_tokens(self) -> int:
         """Visual tokens per image, Q."""
         return self.connector.visual_tokens(self.encoders)
+
+    @property
+    def visual_width(self) -> int:
+        """Width of visual tokens, the decoder's unless cross-attention takes another."""
+        return (0 if self.fusion is None else self.fusion.width) or self.decoder.width
+
+    @property
+    def visual_in_sequence(self) -> bool:
+        """Whether visual tokens stand in the sequence."""
+        return self.fusion is None or self.fusion.both
+
+    @property
+    def image_positions(self) -> int:
+        """Positions of the sequence that an image takes: its visual tokens, or a placeholder."""
+        return self.visual_tokens if self.visual_in_sequence else 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -466,6 +485,14 @@ def check(config: Config) -> None:
             f"0 or {math.prod(encoder.grid)}: the data makes images of image_size only",
         )
     _require(data.views >= 1, "data.views", data.views, "at least 1")
+    _require(
+        model.fusion is None
+        or model.visual_width == model.decoder.width
+        or not config.train.bag_of_words,
+        "train.bag_of_words",
+        config.train.bag_of_words,
+        "0 where visual tokens are not as wide as the decoder, whose output matrix it reads with",
+    )
     temperature = config.train.temperature
     _require(temperature > 0, "train.temperature", temperature, "more than 0")
     for rule in config.adaptation:
@@ -473,10 +500,10 @@ def check(config: Config) -> None:
     if data.images:
         _require(model.encoder is not None, "model.encoder", None, "an encoder, with data.images")
         _require(
-            model.visual_tokens < data.tokens,
+            model.image_positions < data.tokens,
             "data.tokens",
             data.tokens,
-            f"room for an image's {model.visual_tokens} visual tokens and text",
+            f"room for an image's {model.image_positions} visual tokens and text",
         )
 
 
@@ -493,12 +520,17 @@ def check_model(model: Model, longest: int = 0) -> None:
     if model.connector is not None:
         _require(model.encoder is not None, "model.encoder", None, "what the connector looks at")
         _require(model.decoder is not None, "model.decoder", None, "what the connector speaks to")
-        problems = model.connector.problems(model.decoder.width, model.encoders)
+        problems = model.connector.problems(model.visual_width, model.encoders)
         _check_preset(model.connector, "model.connector", problems)
-        width, out = model.decoder.width, model.connector.output(model.decoder.width)
-        _require(out == width, "model.connector.out", out, f"the decoder's width {width}")
+        width = model.visual_width
+        out = model.connector.output(width)
+        _require(out == width, "model.connector.out", out, f"the {width} of the decoder or fusion")
     if model.decoder is not None:
         _check_preset(model.decoder, "model.decoder", model.decoder.problems(longest))
+    if model.fusion is not None:
+        _require(model.decoder is not None, "model.decoder", None, "what stands around the fusion")
+        problems = model.fusion.problems(model.decoder.width, model.decoder.depth)
+        _check_preset(model.fusion, "model.fusion", problems)
 
 
 def _check_preset(preset: Any, path: str, problems: typing.Iterable[tuple[str, str]]) -> None:

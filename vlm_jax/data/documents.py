@@ -110,7 +110,7 @@ def render(
     if not config.data.images:
         turns = [dataclasses.replace(turn, parts=_texts(turn)) for turn in turns]
     template = chat.template(config.data.template)
-    return chat.render(template, tokenizer, turns, config.model.visual_tokens, reply)
+    return chat.render(template, tokenizer, turns, config.model.image_positions, reply)
 
 
 _EMPTY = chat.Rendered(np.zeros(0, np.int32), np.zeros(0, np.float32), ())
@@ -143,7 +143,10 @@ def _build(
     rejects: tuple[str, ...],
 ) -> Document:
     size = config.data.text_tokens
-    visual_index, image_index = _indices(rendered, config.model.visual_tokens)
+    model = config.model
+    visual_index, image_index = _indices(
+        rendered, model.visual_tokens if model.visual_in_sequence else 0
+    )
     texts = np.zeros((len(rendered.image_spans), size), np.int32)
     for row, span in zip(texts, rendered.image_spans, strict=True):
         if span.index < len(example.image_texts) and not rejects:
@@ -169,7 +172,10 @@ def _build(
 def _indices(
     rendered: chat.Rendered, visual_tokens: int
 ) -> tuple[Int[np.ndarray, " L"], Int[np.ndarray, " L"]]:
-    """Which visual token stands where, and the last image at or before each token; -1 = none."""
+    """Which visual token stands where, and the last image at or before each token; -1 = none.
+
+    `visual_tokens` is how many of an image's stand in the sequence: all of them, or none.
+    """
     visual = np.full(len(rendered.tokens), -1, np.int32)
     image = np.full(len(rendered.tokens), -1, np.int32)
     for n, span in enumerate(rendered.image_spans):

@@ -277,7 +277,7 @@ def _fingerprint(
         "rows": data.rows,
         "tokens": data.tokens,
         "images_per_row": data.images_per_row,
-        "visual_tokens": config.model.visual_tokens,
+        "visual_tokens": config.model.image_positions,
         "image_size": plain(config.model.encoder)["image_size"],
         "pool": data.pool,
         "views": data.views,

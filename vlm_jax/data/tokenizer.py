@@ -103,9 +103,9 @@ def for_config(config: Config) -> Tokenizer:
       ConfigError: it has more ids than the decoder has embeddings, or cannot be read.
     """
     tokenizer = load(config.data.tokenizer)
-    if tokenizer.size > config.model.decoder.vocab:
+    if tokenizer.size > config.model.decoder.tokens:
         raise ConfigError(
-            f"config.model.decoder.vocab is {config.model.decoder.vocab}; the tokenizer "
+            f"config.model.decoder.vocab is {config.model.decoder.tokens}; the tokenizer "
             f"{config.data.tokenizer!r} needs at least {tokenizer.size}"
         )
     return tokenizer

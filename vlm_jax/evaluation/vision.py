@@ -45,7 +45,7 @@ class Vision:
         model, data = self.config.model, self.config.data
         grids = np.asarray(batch.images.grids)
         rows, count = grids.shape[:2]
-        shape = (rows, max(count, data.images_per_row), model.visual_tokens, model.decoder.width)
+        shape = (rows, max(count, data.images_per_row), model.visual_tokens, model.visual_width)
         visual = np.zeros(shape, model.decoder.dtype)
         if data.images and count:
             slots = _slots(batch.images, model.encoder.patches)

@@ -9,17 +9,25 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from vlm_jax.models.fusion import Cross, Seen
+from vlm_jax.models.hooks import Hook, run
 from vlm_jax.models.layers import NORMS, Attention, Linear, Mlp, Stack, attend, drop, rotate
 from vlm_jax.models.positions import View, slopes, view
 from vlm_jax.parallel.sharding import constrain
 from vlm_jax.presets.decoders import Decoder
+from vlm_jax.presets.fusion import CrossAttention
 
 
 class Cache(NamedTuple):
-    """Keys and values of all layers over S slots, filled from the left."""
+    """Keys and values of all layers over S slots, filled from the left.
+
+    Every leaf has layers, or blocks between them, on its first axis and rows on its second.
+    `seen` is what cross-attention looks at, which no later token changes; None without it.
+    """
 
     keys: Float[Array, "L B S G K"]
     values: Float[Array, "L B S G K"]
+    seen: Seen | None = None
 
 
 class Block(nnx.Module):
@@ -75,9 +83,9 @@ class Block(nnx.Module):
 
 
 class LanguageModel(nnx.Module):
-    """Embeddings, blocks and the output matrix."""
+    """Embeddings, blocks, gated blocks between them where `fusion` says so, the output matrix."""
 
-    def __init__(self, decoder: Decoder, rngs: nnx.Rngs):
+    def __init__(self, decoder: Decoder, rngs: nnx.Rngs, fusion: CrossAttention | None = None):
         self.decoder = decoder
         # Llama's initializer_range; the first norm makes the scale irrelevant on the way in.
         table = 0.02 * jax.random.normal(rngs(), (decoder.vocab, decoder.width))
@@ -90,11 +98,25 @@ class LanguageModel(nnx.Module):
         self.norm = NORMS[decoder.norm](decoder.width, decoder.norm_eps)
         sizes = (decoder.width,), (decoder.vocab,)
         self.output = None if decoder.tied else Linear(*sizes, bias=False, rngs=rngs)
+        added = decoder.added > 0
+        size = (decoder.added, decoder.width)
+        self.added_embedding = nnx.Param(0.02 * jax.random.normal(rngs(), size)) if added else None
+        sizes = (decoder.width,), (decoder.added,)
+        untied = added and not decoder.tied
+        self.added_output = Linear(*sizes, bias=False, rngs=rngs) if untied else None
+        self.cross = None if fusion is None else Cross(fusion, decoder, rngs)
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Rows of the embedding table, scaled as the preset says."""
         # Cast after the gather, so that the gradients of a frequent token add up in float32.
-        x = self.embedding[...][tokens].astype(self.decoder.dtype)
+        if self.added_embedding is None:
+            x = self.embedding[...][tokens]
+        else:
+            known = self.embedding[...][jnp.minimum(tokens, self.decoder.vocab - 1)]
+            added = tokens - self.decoder.vocab
+            rows = self.added_embedding[...][jnp.maximum(added, 0)]
+            x = jnp.where(added[..., None] >= 0, rows, known)
+        x = x.astype(self.decoder.dtype)
         if self.decoder.embed_root:  # rounded to the dtype computed in, as Gemma's authors do
             x = x * jnp.asarray(math.sqrt(self.decoder.width), x.dtype)
         return constrain(x, "batch", None, None)
@@ -108,6 +130,7 @@ class LanguageModel(nnx.Module):
         start: int | Int[Array, ""] = 0,
         key_positions: Int[Array, "B S"] | None = None,
         key: Array | None = None,
+        hook: Hook | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """Hidden states before the final norm, and the cache with this call's keys and values.
 
@@ -119,6 +142,7 @@ class LanguageModel(nnx.Module):
           start: slot of the cache where this call's are written.
           key_positions: of all slots of the cache; by default those of `x`.
           key: dropout's; None = evaluation.
+          hook: blocks that stand between layers, such as those that `cross.hook` gives.
         """
         keys = (None,) * 2 if key is None else jax.random.split(key)
         if self.positions is not None:
@@ -137,16 +161,18 @@ class LanguageModel(nnx.Module):
                 look = jax.tree.map(lambda one, other: jnp.where(second, other, one), *views)
             return block(x, look, cache, start, key)
 
-        return self.stack(apply, x, per_layer=(cache, which), key=keys[1])
+        # What cross-attention looks at has blocks on its first axis and comes in by the hook.
+        own = None if cache is None else cache._replace(seen=None)
+        x, own = run(self.stack, hook, apply, x, per_layer=(own, which), key=keys[1])
+        return x, None if cache is None else own._replace(seen=cache.seen)
 
     def unembed(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Float32 logits of hidden states: the final norm, then the output matrix."""
         x = self.norm(x)
-        if self.output is None:
-            table = self.embedding[...].astype(x.dtype)
-            logits = jnp.einsum("...d,vd->...v", x, table, preferred_element_type=jnp.float32)
-        else:
-            logits = self.output(x, jnp.float32)
+        logits = _logits(x, self.embedding, self.output)
+        if self.added_embedding is not None:
+            added = _logits(x, self.added_embedding, self.added_output)
+            logits = jnp.concatenate([logits, added], axis=-1)
         cap = self.decoder.logit_cap
         logits = cap * jnp.tanh(logits / cap) if cap else logits
         return constrain(logits, "batch", *(None,) * (logits.ndim - 2), "vocab")
@@ -156,3 +182,12 @@ class LanguageModel(nnx.Module):
         d = self.decoder
         shape = (d.depth, rows, slots, d.kv_heads, d.head_dim)
         return Cache(jnp.zeros(shape, d.dtype), jnp.zeros(shape, d.dtype))
+
+
+def _logits(
+    x: Float[Array, "... D"], table: nnx.Param, output: Linear | None
+) -> Float[Array, "... V"]:
+    if output is not None:
+        return output(x, jnp.float32)
+    table = table[...].astype(x.dtype)
+    return jnp.einsum("...d,vd->...v", x, table, preferred_element_type=jnp.float32)

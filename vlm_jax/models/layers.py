@@ -171,10 +171,19 @@ class Attention(nnx.Module):
         self, x: Float[Array, "B T D"], context: Float[Array, "B S D"]
     ) -> tuple[Float[Array, "B T H K"], Float[Array, "B S G K"], Float[Array, "B S G K"]]:
         """Queries of `x`, keys and values of `context`."""
-        query = constrain(self.query(x), "batch", None, "heads", None)
+        return self.queries(x), *self.keys_values(context)
+
+    def queries(self, x: Float[Array, "B T D"]) -> Float[Array, "B T H K"]:
+        """Queries alone."""
+        return constrain(self.query(x), "batch", None, "heads", None)
+
+    def keys_values(
+        self, context: Float[Array, "B S D"]
+    ) -> tuple[Float[Array, "B S G K"], Float[Array, "B S G K"]]:
+        """Keys and values alone."""
         key = constrain(self.key(context), "batch", None, "kv_heads", None)
         value = constrain(self.value(context), "batch", None, "kv_heads", None)
-        return query, key, value
+        return key, value
 
     def __call__(
         self, x: Float[Array, "B T D"], context: Float[Array, "B S D"], mask=None
@@ -279,12 +288,16 @@ class Stack(nnx.Module):
           key: dropout's, split over the layers.
         """
         keys = None if key is None else jax.random.split(key, self.layers)
+        unroll = not self.remat and self.layers <= UNROLLED_LAYERS
+        inputs = (self.blocks, per_layer, keys)
+        return jax.lax.scan(self.step(apply), carry, inputs, unroll=unroll)
+
+    def step(self, apply: Callable) -> Callable:
+        """The body of a scan over (block, inputs, key) of each layer."""
 
         def step(carry, inputs):
             block, rest, key = inputs
             return apply(block, carry, rest, key)
 
         # prevent_cse is only needed outside scan (jax.checkpoint's documentation).
-        step = jax.checkpoint(step, prevent_cse=False) if self.remat else step
-        unroll = not self.remat and self.layers <= UNROLLED_LAYERS
-        return jax.lax.scan(step, carry, (self.blocks, per_layer, keys), unroll=unroll)
+        return jax.checkpoint(step, prevent_cse=False) if self.remat else step

@@ -24,13 +24,16 @@ def greedy(vlm: VLM, batch: Batch, visual, new_tokens: int, eos: int) -> Int[Arr
     rows, prompt = batch.tokens.shape
     slots = prompt + new_tokens
     lengths = (batch.segments > 0).sum(axis=1)
+    cache = vlm.empty_cache(rows, slots, visual)
     hidden, cache = vlm.decoder(
         vlm.fuse(batch, visual),
         batch.positions,
         jnp.pad(attention_mask(batch), ((0, 0), (0, 0), (0, 0), (0, new_tokens))),
-        vlm.decoder.empty_cache(rows, slots),
+        cache,
         key_positions=jnp.pad(batch.positions, ((0, 0), (0, new_tokens))),
+        hook=vlm.hook(batch.image_index, cache=cache),
     )
+    last_image = looked_at_last(batch)
     last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
     token = vlm.unembed(last)[:, 0].argmax(-1).astype(jnp.int32)
     prompt_slots = jnp.arange(slots)[None] < lengths[:, None]
@@ -48,13 +51,22 @@ def greedy(vlm: VLM, batch: Batch, visual, new_tokens: int, eos: int) -> Int[Arr
         mask = _visible(prompt_slots, prompt, index)
         x = vlm.decoder.embed(token[:, None])
         positions = (lengths + index)[:, None]
-        hidden, cache = vlm.decoder(x, positions, mask, cache, prompt + index, key_positions)
+        hook = vlm.hook(last_image, cache=cache)
+        hidden, cache = vlm.decoder(
+            x, positions, mask, cache, prompt + index, key_positions, hook=hook
+        )
         token = vlm.unembed(hidden)[:, 0].argmax(-1).astype(jnp.int32)
         return index + 1, token, done, output, cache
 
     output = jnp.full((rows, new_tokens), eos, jnp.int32)
     start = (jnp.int32(0), token, lengths == 0, output, cache)
     return jax.lax.while_loop(unfinished, step, start)[3]
+
+
+def looked_at_last(batch: Batch) -> Int[Array, "B 1"]:
+    """The image that the last token of a prompt looks at, as tokens made after it do; -1 = none."""
+    last = (batch.segments > 0).sum(axis=1, keepdims=True) - 1
+    return jnp.take_along_axis(batch.image_index, jnp.maximum(last, 0), axis=1)
 
 
 def _visible(
@@ -70,7 +82,7 @@ def greedy_uncached(
     vlm: VLM, batch: Batch, visual, new_tokens: int, eos: int
 ) -> Int[Array, "B new"]:
     """The same tokens by a full pass over everything for each of them."""
-    lengths = (batch.segments > 0).sum(axis=1)
+    lengths, last_image = (batch.segments > 0).sum(axis=1), looked_at_last(batch)[:, 0]
     grow = lambda x, fill: jnp.pad(x, ((0, 0), (0, new_tokens)), constant_values=fill)  # noqa: E731
     batch = batch._replace(
         tokens=grow(batch.tokens, 0),
@@ -78,6 +90,7 @@ def greedy_uncached(
         positions=grow(batch.positions, 0),
         blocks=grow(batch.blocks, 0),
         visual_index=grow(batch.visual_index, -1),
+        image_index=grow(batch.image_index, -1),
     )
     rows = jnp.arange(batch.tokens.shape[0])
 
@@ -90,6 +103,7 @@ def greedy_uncached(
             tokens=batch.tokens.at[rows, slot].set(token),
             segments=batch.segments.at[rows, slot].set(1),
             positions=batch.positions.at[rows, slot].set(slot),
+            image_index=batch.image_index.at[rows, slot].set(last_image),
         )
         return batch, done | (token == eos), output.at[:, index].set(token)
 

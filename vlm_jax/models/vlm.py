@@ -7,7 +7,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.batch import Batch, Images
 from vlm_jax.models.connectors import CONNECTORS
-from vlm_jax.models.decoder import LanguageModel
+from vlm_jax.models.decoder import Cache, LanguageModel
+from vlm_jax.models.hooks import Hook
 from vlm_jax.models.layers import Features
 from vlm_jax.models.vit import Vit
 
@@ -16,7 +17,7 @@ ENCODERS = {"vit": Vit}
 
 
 class VLM(nnx.Module):
-    """Encoders, a connector and a decoder with autoregressive fusion; each may be absent.
+    """Encoders, a connector and a decoder that reads or looks at visual tokens; any may be absent.
 
     Args:
       model: a `config.Model`.
@@ -24,11 +25,13 @@ class VLM(nnx.Module):
     """
 
     def __init__(self, model, rngs: nnx.Rngs):
+        self.visual_in_sequence = model.visual_in_sequence
         encoders = [ENCODERS[encoder.kind](encoder, rngs) for encoder in model.encoders]
         self.encoder = encoders[0] if encoders else None
         self.extra_encoders = nnx.List(encoders[1:])
         self.connector = None if model.connector is None else _connector(model, rngs)
-        self.decoder = None if model.decoder is None else LanguageModel(model.decoder, rngs)
+        decoder = model.decoder
+        self.decoder = None if decoder is None else LanguageModel(decoder, rngs, model.fusion)
 
     def features(
         self, images: tuple[Images, ...], dropout: Array | None = None
@@ -65,13 +68,36 @@ class VLM(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Hidden states of the decoder; `visual` is None where no token stands for an image."""
         x = self.fuse(batch, visual)
-        x, _ = self.decoder(x, batch.positions, attention_mask(batch), key=dropout)
+        hook = self.hook(batch.image_index, visual)
+        x, _ = self.decoder(x, batch.positions, attention_mask(batch), key=dropout, hook=hook)
         return x
+
+    def hook(
+        self,
+        image_index: Int[Array, "B T"],
+        visual: Float[Array, "B N Q D"] | None = None,
+        cache: Cache | None = None,
+    ) -> Hook | None:
+        """What stands between the decoder's layers, given which image each token looks at.
+
+        With a cache from `empty_cache`, its keys and values of visual tokens are looked at.
+        """
+        if self.decoder.cross is None:
+            return None
+        seen = None if cache is None else cache.seen
+        return self.decoder.cross.hook(image_index, visual, seen)
+
+    def empty_cache(self, rows: int, slots: int, visual: Float[Array, "B N Q D"] | None) -> Cache:
+        """The decoder's cache for `slots` positions, with what cross-attention looks at."""
+        cache = self.decoder.empty_cache(rows, slots)
+        if self.decoder.cross is None or visual is None:
+            return cache
+        return cache._replace(seen=self.decoder.cross.project(visual))
 
     def fuse(self, batch: Batch, visual: Float[Array, "B N Q D"] | None) -> Float[Array, "B T D"]:
         """The sequence the decoder reads: embeddings, and visual tokens where they stand."""
         x = self.decoder.embed(batch.tokens)
-        if visual is None:
+        if visual is None or not self.visual_in_sequence:
             return x
         visual = visual.reshape(visual.shape[0], -1, visual.shape[-1]).astype(x.dtype)
         index = batch.visual_index
@@ -90,7 +116,7 @@ class VLM(nnx.Module):
 
 def _connector(model, rngs: nnx.Rngs) -> nnx.Module:
     make = CONNECTORS[model.connector.kind]
-    return make(model.connector, model.encoders, model.decoder.width, rngs)
+    return make(model.connector, model.encoders, model.visual_width, rngs)
 
 
 def attention_mask(batch: Batch) -> Bool[Array, "B 1 T T"]:

@@ -38,6 +38,8 @@ class Decoder:
         differs).
       embed_root: whether embeddings of tokens are multiplied by the root of the width (Gemma).
       tied: whether the output matrix is the embedding table.
+      added: further rows of the embedding table and of the output matrix, as leaves of their own;
+        their tokens follow the others' (Idefics1).
       dropout: on the output of each residual branch and on embeddings.
       dtype, remat: as for an encoder.
     """
@@ -76,6 +78,7 @@ class Decoder:
     local_theta: float = 0.0
     embed_root: bool = False
     tied: bool = False
+    added: int = 0
     dropout: float = 0.0
     dtype: str = "bfloat16"
     remat: bool = True
@@ -88,6 +91,11 @@ class Decoder:
         "position": ("rotary", "learned", "alibi"),
         "dtype": ("bfloat16", "float32"),
     }
+
+    @property
+    def tokens(self) -> int:
+        """How many different tokens it knows."""
+        return self.vocab + self.added
 
     @property
     def layers(self) -> tuple[str, ...]:

@@ -127,7 +127,7 @@ def _activations(config: Config, plan: Plan, mesh: Mapping[str, int]) -> float:
         # Gradients flow through a tower where anything trains in it or below it.
         trained = trained or any(path.startswith(f"{tower.name}/") for path in plan.lr)
         total += tower.activations(trained)
-    vocab = config.model.decoder.vocab / mesh["tensor"]
+    vocab = config.model.decoder.tokens / mesh["tensor"]
     logits_and_gradient = 2 * rows * config.data.tokens * vocab * FLOAT32
     return total + logits_and_gradient
 
@@ -150,7 +150,7 @@ def _towers(config: Config, rows: int, tensor: int) -> Iterator[Tower]:
             remat=encoder.remat,
             item=item(encoder),
         )
-        work = connector.work(model.encoders, decoder.width)
+        work = connector.work(model.encoders, model.visual_width)
         yield Tower(
             "connector",
             sequences=rows * data.images_per_row,
@@ -162,6 +162,20 @@ def _towers(config: Config, rows: int, tensor: int) -> Iterator[Tower]:
             depth=work.depth,
             remat=work.remat,
             item=item(connector),
+        )
+    if model.fusion is not None:
+        fusion = model.fusion
+        yield Tower(
+            "decoder/cross",
+            sequences=rows,
+            length=data.tokens,
+            context=data.images_per_row * model.visual_tokens if data.images else 0,
+            width=decoder.width,
+            mlp=fusion.mlp / tensor,
+            heads=fusion.heads / tensor,
+            depth=len(fusion.places(decoder.depth)),
+            remat=decoder.remat,
+            item=item(decoder),
         )
     yield Tower(
         "decoder",
