@@ -16,8 +16,10 @@ import ml_collections
 
 from vlm_jax.errors import ConfigError
 from vlm_jax.presets.connectors import Connector
+from vlm_jax.presets.convnets import ConvNet
 from vlm_jax.presets.decoders import Decoder
 from vlm_jax.presets.encoders import Encoder
+from vlm_jax.presets.sam import Sam
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,13 +35,13 @@ class Model:
       extra_encoders: further encoders that look at the same images.
     """
 
-    encoder: Encoder | None = None
+    encoder: Encoder | ConvNet | Sam | None = None
     connector: Connector | None = None
     decoder: Decoder | None = None
-    extra_encoders: tuple[Encoder, ...] = ()
+    extra_encoders: tuple[Encoder | ConvNet | Sam, ...] = ()
 
     @property
-    def encoders(self) -> tuple[Encoder, ...]:
+    def encoders(self) -> tuple[Encoder | ConvNet | Sam, ...]:
         """All encoders."""
         return (() if self.encoder is None else (self.encoder,)) + self.extra_encoders
 
@@ -187,9 +189,10 @@ class Rule:
     weight_decay: float = 1.0
 
 
-# Norm scales and biases are not decayed; everything trains.
+# Norm scales and biases are not decayed; everything trains. A batch norm's statistics have no
+# gradient, and would only decay.
 FULL = (
-    Rule(r".*/(bias|scale)", weight_decay=0.0),
+    Rule(r".*/(bias|scale|mean|variance)", weight_decay=0.0),
     Rule(r".*"),
 )
 

@@ -20,6 +20,7 @@ ACTIVATIONS = {
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "silu": jax.nn.silu,
     "relu": jax.nn.relu,
+    "relu6": jax.nn.relu6,
 }
 
 

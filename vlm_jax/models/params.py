@@ -25,11 +25,17 @@ AXES = (
     (r".*mlp/down/kernel", ("mlp", "embed")),
     (r"decoder/embedding", ("vocab", "embed")),
     (r"decoder/output/kernel", ("embed", "vocab")),
+    (r".*/(downsample|squares)/embed/kernel", (None, None, None, "embed")),
+    (r".*/(conv|depthwise)/kernel", (None, None, None, "embed")),
+    (r".*/expand/kernel", ("embed", "mlp")),
+    (r".*/classifier/kernel", ("embed", None)),
     (r".*/(embed|project|layers/\d+|out)/kernel", (None, "embed")),
     (r"(encoder|extra_encoders/\d+|decoder)/positions", (None, "embed")),
     (r"connector/queries", (None, "embed")),
     (r".*/stem/.*/conv", (None, None, None, "embed")),
-    (r".*/(scale|bias|probe)", (None,)),
+    (r".*/position_grid", (None, None, "embed")),
+    (r".*/relative_(rows|columns)", (None, None)),
+    (r".*/(scale|bias|probe|mean|variance)", (None,)),
 )
 
 

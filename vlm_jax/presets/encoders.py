@@ -89,6 +89,11 @@ class Encoder:
         """How many features an image gives, and their width."""
         return 1 if self.pool == "map" else self.patches, self.width
 
+    @property
+    def runs(self) -> tuple[tuple[int, int, int, int, int, int], ...]:
+        """Runs of equal blocks: (tokens, tokens each looks at, width, mlp, heads, depth)."""
+        return ((self.patches, self.patches, self.width, self.mlp, self.heads, self.depth),)
+
     def problems(self) -> Iterator[tuple[str, str]]:
         """Fields that contradict others, each with what was expected."""
         if any(side % self.patch for side in self.size):
