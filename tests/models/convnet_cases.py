@@ -56,8 +56,8 @@ GOLDENS = {
         final_norm_eps=1e-2,
     ),
     "convnextv2": _convnext(
-        (1, 2, 1),
-        (4, 6, 5),
+        (1, 2),
+        (4, 6),
         image_size=(26, 20),
         classes=7,
         response_norm=True,
@@ -99,14 +99,13 @@ GOLDENS = {
 }
 
 LARGER = {
-    "convnext": _convnext((2, 3, 4, 2), (24, 40, 56, 72), image_size=(132, 100), taps=(3,)),
-    "convnext_taps": _convnext(
-        (1, 2, 3, 1), (16, 24, 40, 48), image_size=96, taps=(0, 1, 2, 3), resize_to=9
+    "convnext": _convnext(
+        (1, 2, 3, 1), (16, 24, 40, 48), image_size=(132, 100), taps=(0, 1, 2, 3), resize_to=9
     ),
     "convnextv2": _convnext(
-        (2, 2, 3, 1),
-        (16, 24, 32, 40),
-        image_size=96,
+        (2, 3),
+        (16, 24),
+        image_size=40,
         pool="mean",
         response_norm=True,
         layer_scale=0.0,

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from convnet_cases import F32, GOLDENS, Case, cotangent, leaves, pixels, run, shapes, weights
+from convnet_cases import GOLDENS, Case, cotangent, leaves, pixels, run, shapes, weights
 
 from vlm_jax import config
 from vlm_jax.batch import Images
@@ -119,9 +119,9 @@ def test_timms_names_hold_the_same_leaves():
         "stages.1.blocks.1.mlp.fc1.weight": (24, 6),
         "stages.1.blocks.1.mlp.fc2.bias": (6,),
         "stages.1.blocks.1.mlp.grn.weight": (24,),
-        "stages.2.blocks.0.norm.weight": (5,),
-        "head.norm.weight": (5,),
-        "head.fc.weight": (7, 5),
+        "stages.1.blocks.0.norm.weight": (6,),
+        "head.norm.weight": (6,),
+        "head.fc.weight": (7, 6),
     }
     assert {name: named[name].shape for name in wanted} == wanted
     again = tables.gather(rows, shapes(case.preset), named)
@@ -228,8 +228,9 @@ def test_shifted_sums_are_depthwise_convolutions(length, kernel, stride):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, length, length + 3, 6)).astype(np.float32)
     filters = rng.normal(size=(kernel, kernel, 1, 6)).astype(np.float32)
+    x, filters = jnp.asarray(x), jnp.asarray(filters)
     wanted = convnet.convolution(x, filters, stride)
-    found = convnet.shifted_sum(jnp.asarray(x), jnp.asarray(filters), stride)
+    found = convnet.shifted_sum(x, filters, stride)
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
 
 
@@ -296,34 +297,38 @@ def test_a_config_holds_any_encoder_and_a_model_several():
     plain = config.plain(config.Config("test", model, config.Data({"emoji:caption": 1.0})))
     assert config.resolve(plain).model == model
 
-    vlm = params.build(model, params.init(model, jax.random.key(0)))
     x = jnp.ones((2, 3, *tower.size, 3)), jnp.ones((2, 3, *extra.size, 3))
     images = tuple(Images(np.ones((2, 3, 2), np.int32), pixels=pixels) for pixels in x)
-    assert vlm.visual(images).shape == (2, 3, 49, model.decoder.width)
+    see = lambda flat: params.build(model, flat).visual(images)  # noqa: E731
+    visual = jax.eval_shape(see, params.abstract(model))
+    assert visual.shape == (2, 3, 49, model.decoder.width)
 
 
-@pytest.mark.parametrize("name", ["convnext_taps", "efficientnet", "sam"])
-def test_bfloat16_and_rematerialisation_change_next_to_nothing(name):
+@pytest.mark.parametrize("name", ["convnext_pooled", "efficientnet_head", "sam_resized"])
+def test_bfloat16_changes_little(name):
     case = GOLDENS[name]
     compared, x = weights(case), pixels(case)
-    wanted = run(case, compared, x)
-    other = dataclasses.replace(case.preset, remat=not case.preset.remat)
-    np.testing.assert_allclose(run(Case(other, case.family), compared, x), wanted, rtol=1e-5)
-    half = dataclasses.replace(case.preset, dtype="bfloat16")
-    found = run(Case(half, case.family), compared, x)
-    assert found.dtype == jnp.bfloat16
+    wanted = golden(name)[1]
+    half = Case(dataclasses.replace(case.preset, dtype="bfloat16"), case.family)
+    found = jax.jit(lambda compared: run(half, compared, x))(compared)
     # Eight bits of mantissa through a few layers of random weights.
-    assert relative(found.astype(jnp.float32), np.asarray(wanted)) < 0.05
+    assert relative(found.astype(jnp.float32), wanted) < 0.05
 
 
-@pytest.mark.parametrize("name", ["convnext_taps", "efficientnet"])
-def test_dropped_paths_leave_the_expectation_and_need_a_key(name):
-    case = GOLDENS[name]
-    preset = dataclasses.replace(case.preset, drop_path=0.5, **F32)
-    flat = {f"encoder/{path}": leaf for path, leaf in weights(case).items()}
-    encoder = params.build(Model(preset), flat).encoder
+def test_dropped_paths_need_a_key():
+    case = GOLDENS["convnext_pooled"]
+    preset = dataclasses.replace(case.preset, drop_path=0.5)
     x = np.repeat(pixels(case)[:1], 8, axis=0)
     images = Images(np.ones((1, 8, 2), np.int32), pixels=x[None])
-    np.testing.assert_allclose(encoder(images).x[0], run(case, weights(case), x[:1])[0], rtol=1e-4)
-    dropped = np.asarray(encoder(images, jax.random.key(0)).x)
-    assert len({row.tobytes() for row in dropped}) > 1
+
+    @jax.jit
+    def see(compared, key):
+        flat = {f"encoder/{path}": leaf for path, leaf in compared.items()}
+        return params.build(Model(preset), flat).encoder(images, key).x
+
+    np.testing.assert_allclose(
+        see(weights(case), None)[0], golden("convnext_pooled")[1][0], rtol=1e-4
+    )
+    dropped = np.asarray(see(weights(case), jax.random.key(0)))
+    # Of the three blocks the first is never dropped, the others by chances of 1/4 and 1/2.
+    assert 2 <= len({row.tobytes() for row in dropped.round(4)}) <= 4
