@@ -31,7 +31,12 @@ def _convnext(depths: tuple, widths: tuple, **fields) -> Case:
 
 
 def _efficientnet(*stages: tuple, **fields) -> Case:
-    fields = {"stem_stride": 2, "layer_scale": 0.0, "activation": "relu6", "norm_eps": 1e-2} | fields
+    fields = {
+        "stem_stride": 2,
+        "layer_scale": 0.0,
+        "activation": "relu6",
+        "norm_eps": 1e-2,
+    } | fields
     return Case(ConvNet(stages, kind="efficientnet", **F32 | fields), efficientnet_lite)
 
 

@@ -1,4 +1,4 @@
-"""The same encoders in torch: transformers, and EfficientNet-Lite as its paper and code define it."""
+"""The same encoders in torch: transformers, and EfficientNet-Lite written out here."""
 
 import functools
 import re
@@ -16,7 +16,7 @@ from vlm_jax.weights.families import sam_vision_model
 
 
 def compare(case: Case, x: np.ndarray):
-    """Their output, gradients of its weighted sum by their names, and all names, over our weights."""
+    """Over our weights: their output, gradients of its weighted sum by name, and all names."""
     preset, images = case.preset, torch.from_numpy(x).permute(0, 3, 1, 2)
     if case.family is sam_vision_model:
         module, apply = _sam(preset)
@@ -97,7 +97,9 @@ def _sam(preset):
     if preset.grid != preset.trained_grid:
         # transformers resizes relative positions only, and refuses other images.
         encoder.patch_embed.image_size = preset.size
-        parametrize.register_parametrization(encoder, "pos_embed", _Resized(preset.grid), unsafe=True)
+        parametrize.register_parametrization(
+            encoder, "pos_embed", _Resized(preset.grid), unsafe=True
+        )
     return module, lambda module, x: _flat(module(x).last_hidden_state)
 
 

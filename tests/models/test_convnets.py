@@ -168,6 +168,13 @@ def test_settings_that_we_lack_are_refused_by_name(family, setting):
         family.read(setting)
 
 
+def test_the_vision_config_of_a_whole_sam_is_read():
+    written = sam_vision_model.write(sams.sam("L"))
+    assert sam_vision_model.read({"model_type": "sam", "vision_config": written}) == sams.sam("L")
+    # transformers' defaults are those of SAM-B.
+    assert sam_vision_model.read({"model_type": "sam_vision_model"}) == sams.sam("B")
+
+
 def count(preset) -> int:
     """Parameters as torch counts them, without the statistics of batch norms."""
     found = params.abstract(Model(preset))
@@ -218,7 +225,7 @@ def test_openclips_convnexts_have_the_published_number_of_parameters():
 
 def test_sams_and_efficientnet_have_the_published_number_of_parameters():
     assert count(convnets.efficientnet("lite0", classes=1000)) == 4_652_008
-    # segment-anything's checkpoints hold 93.7M, 312.3M and 641.1M with the 4.06M of the decoder.
+    # What the checkpoints hold less prompt encoder and mask decoder.
     for name, millions in {"B": "89.7", "L": "308.3", "H": "637.0"}.items():
         assert f"{count(sams.sam(name)) / 1e6:.1f}" == millions
 

@@ -323,7 +323,8 @@ class ConvNetEncoder(nnx.Module):
         x = self.stem(x)
         # As in `Vit`: the rate rises linearly from 0 at the first block.
         rates = jnp.linspace(0.0, convnet.drop_path, sum(blocks for blocks, *_ in stages))
-        keys = [None] * len(stages) if key is None else jax.random.split(key, len(stages))
+        drops = key is not None and convnet.drop_path > 0
+        keys = jax.random.split(key, len(stages)) if drops else [None] * len(stages)
         found, start = [], 0
         for stage, (blocks, *_), stage_key in zip(self.stages, stages, keys):
             x = stage(x, rates[start : start + blocks], stage_key)

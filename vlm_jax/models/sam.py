@@ -140,7 +140,9 @@ class SamEncoder(nnx.Module):
     def _positions(self) -> Float[Array, "h w D"]:
         positions = self.position_grid[...]
         shape = (*self.sam.grid, self.sam.width)
-        return positions if positions.shape == shape else jax.image.resize(positions, shape, "cubic")
+        return (
+            positions if positions.shape == shape else jax.image.resize(positions, shape, "cubic")
+        )
 
     def _run(self, x: Float[Array, "n h w D"]) -> Float[Array, "n h w D"]:
         """The layers in their order: a scan over groups, in each a scan per run of one kind."""

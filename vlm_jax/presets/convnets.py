@@ -5,8 +5,12 @@ import itertools
 from collections.abc import Iterator
 from typing import ClassVar
 
-# What torchvision, timm and transformers normalise ImageNet's pixels with.
+# What torchvision, timm and transformers normalise pixels with for ImageNet, and CLIP.
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+CLIP = {
+    "mean": (0.48145466, 0.4578275, 0.40821073),
+    "std": (0.26862954, 0.26130258, 0.27577711),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +75,7 @@ class ConvNet:
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of an image in pixels."""
-        return _pair(self.image_size)
+        return pair(self.image_size)
 
     @property
     def tapped(self) -> tuple[int, ...]:
@@ -101,7 +105,7 @@ class ConvNet:
     def grid(self) -> tuple[int, int]:
         """Rows and columns of the features of an image."""
         if self.resize_to is not None:
-            return _pair(self.resize_to)
+            return pair(self.resize_to)
         return self.grids[self.tapped[0]]
 
     @property
@@ -146,12 +150,13 @@ class ConvNet:
             yield "layer_scale", "0 in an efficientnet, and no response_norm"
 
 
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+def pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    """Height and width, of one side where that is a square's."""
     return size if isinstance(size, tuple) else (size, size)
 
 
 # Depths and widths of the stages, and fields: Liu et al. 2022 (table of variants), Woo et al. 2023
-# (V2) and timm's convnext_xxlarge.
+# (V2) and timm's convnext_xxlarge, which OpenCLIP trained.
 V2 = {"layer_scale": 0.0, "response_norm": True}
 CONVNEXT = {
     "tiny": ((3, 3, 9, 3), (96, 192, 384, 768), {}),
@@ -162,7 +167,7 @@ CONVNEXT = {
     "xxlarge": (
         (3, 4, 30, 3),
         (384, 768, 1536, 3072),
-        {"norm_eps": 1e-5, "final_norm_eps": 1e-5, "image_size": 256},
+        {"norm_eps": 1e-5, "final_norm_eps": 1e-5, "image_size": 256} | CLIP,
     ),
     "v2-atto": ((2, 2, 6, 2), (40, 80, 160, 320), V2),
     "v2-femto": ((2, 2, 6, 2), (48, 96, 192, 384), V2),

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import ClassVar
 
-from vlm_jax.presets.convnets import IMAGENET
+from vlm_jax.presets.convnets import IMAGENET, pair
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Sam:
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of an image in pixels."""
-        return _pair(self.image_size)
+        return pair(self.image_size)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -76,7 +76,7 @@ class Sam:
     def trained_grid(self) -> tuple[int, int]:
         """Rows and columns that the tables of positions are made for."""
         size = self.image_size if self.trained_size is None else self.trained_size
-        height, width = _pair(size)
+        height, width = pair(size)
         return height // self.patch, width // self.patch
 
     @property
@@ -108,16 +108,12 @@ class Sam:
         """Fields that contradict others, each with what was expected."""
         for field in ("image_size", "trained_size"):
             size = getattr(self, field)
-            if size is not None and any(side % self.patch for side in _pair(size)):
+            if size is not None and any(side % self.patch for side in pair(size)):
                 yield field, f"a multiple of the patch size {self.patch}"
         if self.width % self.heads:
             yield "width", f"a multiple of its {self.heads} heads"
         if not all(0 <= layer < self.depth for layer in self.global_layers):
             yield "global_layers", f"numbers of its {self.depth} layers"
-
-
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    return size if isinstance(size, tuple) else (size, size)
 
 
 # Width, depth, mlp, heads and global layers: segment-anything's build_sam.py.

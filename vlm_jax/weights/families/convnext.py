@@ -1,5 +1,8 @@
-"""ConvNeXt: transformers' ConvNextForImageClassification and ConvNextV2ForImageClassification, which
-published files are of, and timm's names, which OpenCLIP's towers have."""
+"""ConvNeXt by two names: transformers' and timm's.
+
+Published files of transformers are of ConvNextForImageClassification, or of V2's; OpenCLIP's towers
+have timm's names.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -144,9 +147,7 @@ def write(preset: ConvNet) -> dict[str, Any]:
         "drop_path_rate": preset.drop_path,
         "image_size": size if isinstance(size, int) else list(size),
     }
-    return fields | (
-        {} if preset.response_norm else {"layer_scale_init_value": preset.layer_scale}
-    )
+    return fields | ({} if preset.response_norm else {"layer_scale_init_value": preset.layer_scale})
 
 
 def _require(holds: bool, hf: Mapping[str, Any], field: str) -> None:

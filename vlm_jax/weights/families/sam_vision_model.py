@@ -1,4 +1,7 @@
-"""The image encoder of Segment Anything: transformers' SamVisionModel."""
+"""The image encoder of Segment Anything: transformers' SamVisionModel.
+
+Published files are of SamModel, whose other parts are carried.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,8 +10,7 @@ from vlm_jax.errors import ConfigError
 from vlm_jax.presets.sam import Sam
 from vlm_jax.weights.tables import Row, linear, norm, placed
 
-# All of SamVisionModel is computed.
-CARRIED = ()
+CARRIED = (r"(shared_image_embedding|prompt_encoder|mask_decoder)\..*",)
 
 # transformers fixes this epsilon of the neck in code.
 EPS = 1e-6
@@ -83,12 +85,14 @@ def _block() -> list[Row]:
 
 
 def read(hf: Mapping[str, Any]) -> Sam:
-    """The preset of a config.json's part `vision_config` of SAM; absent fields have its defaults.
+    """The preset of a config.json of SamVisionModel, or of SamModel's part `vision_config`.
+
+    Absent fields have the defaults of transformers.
 
     Raises:
       ConfigError: a setting that we do not support.
     """
-    hf = DEFAULTS | dict(hf)
+    hf = DEFAULTS | dict(hf.get("vision_config", hf))
     if hf["mlp_dim"] is None:
         hf["mlp_dim"] = int(hf["hidden_size"] * hf["mlp_ratio"])
     whole = ("image_size", "patch_size", "window_size", "mlp_dim")
