@@ -114,10 +114,11 @@ class Mlp(nnx.Module):
         self.down = Linear((hidden,), (width,), bias=bias, rngs=rngs)
         self.activation = activation
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "B ... D"]) -> Float[Array, "B ... D"]:
         act = ACTIVATIONS[self.activation]
         hidden = act(self.up(x)) if self.gate is None else act(self.gate(x)) * self.up(x)
-        return self.down(constrain(hidden, "batch", None, "mlp"))
+        between = (None,) * (hidden.ndim - 2)
+        return self.down(constrain(hidden, "batch", *between, "mlp"))
 
 
 class Attention(nnx.Module):
