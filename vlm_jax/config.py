@@ -17,11 +17,13 @@ import ml_collections
 
 from vlm_jax.errors import ConfigError
 from vlm_jax.presets.connectors import Connector
+from vlm_jax.presets.convnets import ConvNet
 from vlm_jax.presets.decoders import Decoder
 from vlm_jax.presets.encoders import Encoder
 from vlm_jax.presets.fusion import CrossAttention
 from vlm_jax.presets.mapping import Mapping as MappingNetwork
 from vlm_jax.presets.qformer import QFormer
+from vlm_jax.presets.sam import Sam
 from vlm_jax.presets.sva import Sva
 
 
@@ -40,14 +42,14 @@ class Model:
         sequence and nothing else (autoregressive).
     """
 
-    encoder: Encoder | None = None
+    encoder: Encoder | ConvNet | Sam | None = None
     connector: Connector | QFormer | Sva | MappingNetwork | None = None
     decoder: Decoder | None = None
-    extra_encoders: tuple[Encoder, ...] = ()
+    extra_encoders: tuple[Encoder | ConvNet | Sam, ...] = ()
     fusion: CrossAttention | None = None
 
     @property
-    def encoders(self) -> tuple[Encoder, ...]:
+    def encoders(self) -> tuple[Encoder | ConvNet | Sam, ...]:
         """All encoders."""
         return (() if self.encoder is None else (self.encoder,)) + self.extra_encoders
 
@@ -210,9 +212,10 @@ class Rule:
     weight_decay: float = 1.0
 
 
-# Norm scales and biases are not decayed; everything trains.
+# Norm scales and biases are not decayed; everything trains. A batch norm's statistics have no
+# gradient, and would only decay.
 FULL = (
-    Rule(r".*/(bias|scale)", weight_decay=0.0),
+    Rule(r".*/(bias|scale|mean|variance)", weight_decay=0.0),
     Rule(r".*"),
 )
 
@@ -479,9 +482,9 @@ def check(config: Config) -> None:
     )
     for encoder in model.encoders:
         _require(
-            encoder.max_patches in (0, math.prod(encoder.grid)),
+            not isinstance(encoder, Encoder) or encoder.max_patches in (0, math.prod(encoder.grid)),
             "model.encoder.max_patches",
-            encoder.max_patches,
+            getattr(encoder, "max_patches", 0),
             f"0 or {math.prod(encoder.grid)}: the data makes images of image_size only",
         )
     _require(data.views >= 1, "data.views", data.views, "at least 1")

@@ -21,6 +21,7 @@ ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "silu": jax.nn.silu,
     "relu": jax.nn.relu,
+    "relu6": jax.nn.relu6,
 }
 
 
@@ -130,11 +131,12 @@ class Mlp(nnx.Module):
         self.down = Linear((hidden,), (out or width,), bias=bias, rngs=rngs)
         self.activation = activation
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T _D"]:
+    def __call__(self, x: Float[Array, "B ... D"]) -> Float[Array, "B ... _D"]:
         act = ACTIVATIONS[self.activation]
         hidden = act(self.up(x)) if self.gate is None else act(self.gate(x)) * self.up(x)
         hidden = hidden if self.norm is None else self.norm(hidden)
-        return self.down(constrain(hidden, "batch", None, "mlp"))
+        between = (None,) * (hidden.ndim - 2)
+        return self.down(constrain(hidden, "batch", *between, "mlp"))
 
 
 class Attention(nnx.Module):

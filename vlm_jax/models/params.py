@@ -25,6 +25,12 @@ AXES = (
     (r".*mlp/down/kernel", ("mlp", "embed")),
     (r"decoder/embedding", ("vocab", "embed")),
     (r"decoder/output/kernel", ("embed", "vocab")),
+    (r".*/(downsample|squares)/embed/kernel", (None, None, None, "embed")),
+    (r".*/(conv|depthwise)/kernel", (None, None, None, "embed")),
+    (r".*/expand/kernel", ("embed", "mlp")),
+    (r".*/classifier/kernel", ("embed", None)),
+    (r".*/position_grid", (None, None, "embed")),
+    (r".*/relative_(rows|columns)", (None, None)),
     (r"decoder/added_embedding", (None, "embed")),
     (r"decoder/added_output/kernel", ("embed", None)),
     (r".*/(attention|mlp)_gate", (None,)),
@@ -38,7 +44,7 @@ AXES = (
     (r".*attention/sources/\d+/positions", (None, "embed")),
     (r"(encoder|extra_encoders/\d+)/(row_positions|column_positions|registers)", (None, "embed")),
     (r".*/stem/.*/conv", (None, None, None, "embed")),
-    (r".*/(scale|bias|probe|class_token)", (None,)),
+    (r".*/(scale|bias|probe|class_token|mean|variance)", (None,)),
 )
 
 

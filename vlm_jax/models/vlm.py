@@ -7,13 +7,20 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.batch import Batch, Images
 from vlm_jax.models.connectors import CONNECTORS
+from vlm_jax.models.convnet import ConvNetEncoder
 from vlm_jax.models.decoder import Cache, LanguageModel
 from vlm_jax.models.hooks import Hook
 from vlm_jax.models.layers import Features
+from vlm_jax.models.sam import SamEncoder
 from vlm_jax.models.vit import Vit
 
 # Encoders by the kind that presets name.
-ENCODERS = {"vit": Vit}
+ENCODERS = {
+    "vit": Vit,
+    "convnext": ConvNetEncoder,
+    "efficientnet": ConvNetEncoder,
+    "sam": SamEncoder,
+}
 
 
 class VLM(nnx.Module):

@@ -156,6 +156,11 @@ class Encoder:
         """Whether a part, one of BIASES, has a bias."""
         return part not in self.unbiased
 
+    @property
+    def runs(self) -> tuple[tuple[int, int, int, int, int, int], ...]:
+        """Runs of equal blocks: (tokens, tokens each looks at, width, mlp, heads, depth)."""
+        return ((self.tokens, self.tokens, self.width, self.mlp, self.heads, self.blocks),)
+
     def problems(self) -> Iterator[tuple[str, str]]:
         """Fields that contradict others, each with what was expected."""
         if any(side % self.patch for side in self.size):

@@ -138,18 +138,19 @@ def _towers(config: Config, rows: int, tensor: int) -> Iterator[Tower]:
     encoder, connector, decoder = model.encoder, model.connector, model.decoder
     item = lambda preset: jnp.dtype(preset.dtype).itemsize  # noqa: E731
     if data.images:
-        yield Tower(
-            "encoder",
-            sequences=rows * data.images_per_row,
-            length=encoder.tokens,
-            context=encoder.tokens,
-            width=encoder.width,
-            mlp=encoder.mlp / tensor,
-            heads=encoder.heads / tensor,
-            depth=encoder.blocks,
-            remat=encoder.remat,
-            item=item(encoder),
-        )
+        for length, context, width, mlp, heads, depth in encoder.runs:
+            yield Tower(
+                "encoder",
+                sequences=rows * data.images_per_row,
+                length=length,
+                context=context,
+                width=width,
+                mlp=mlp / tensor,
+                heads=heads / tensor,
+                depth=depth,
+                remat=encoder.remat,
+                item=item(encoder),
+            )
         work = connector.work(model.encoders, model.visual_width)
         yield Tower(
             "connector",

@@ -26,6 +26,7 @@ class Row(NamedTuple):
       heads: how many heads such parts alternate over; 0 = whole parts one after the other.
       first: number of their layer that is the first of our stack.
       every: how many of their layers lie between two of ours.
+      numbers: of their layers, where no even step gives them.
     """
 
     ours: str
@@ -35,11 +36,14 @@ class Row(NamedTuple):
     heads: int = 0
     first: int = 0
     every: int = 1
+    numbers: tuple[int, ...] = ()
 
     def names(self, layers: int) -> list[str]:
         """Names of their tensors, one per layer of a stacked leaf."""
         if "{}" not in self.theirs:
             return [self.theirs]
+        if self.numbers:
+            return [self.theirs.format(number) for number in self.numbers]
         return [self.theirs.format(self.first + i * self.every) for i in range(layers)]
 
 
@@ -96,6 +100,11 @@ LAYOUTS = {
     "conv": Layout(
         lambda x, shape: x.transpose(2, 3, 1, 0).reshape(shape), lambda x: x.transpose(3, 2, 0, 1)
     ),
+    # A convolution of one pixel, ours as a matrix [in, out].
+    "pointwise": Layout(
+        lambda x, shape: x[:, :, 0, 0].T.reshape(shape), lambda x: x.T[:, :, None, None]
+    ),
+    "channels": Layout(lambda x, shape: x.reshape(shape), lambda x: x.reshape(1, 1, 1, -1)),
     # One row less: [1, 1, D] for [D].
     "token": Layout(lambda x, shape: x.reshape(shape), lambda x: x.reshape(1, 1, -1)),
     # One axis more in front: learned queries [1, Q, D].
