@@ -146,7 +146,61 @@ _GEMMA3_ROPE = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
 }
 
+
+def with_pictures(
+    rng: np.random.Generator, vocab: int, image: int, tokens: int, size: tuple[int, int]
+) -> Arrays:
+    """Three prompts of unequal length, padded on the left: with two pictures, one, and none."""
+    rows = [
+        [5, *[image] * tokens, 7, 9, *[image] * tokens, 11],
+        [4, 6, *[image] * tokens, 8],
+        [3, 5, 7, 9],
+    ]
+    length = max(map(len, rows))
+    ids = np.zeros((3, length), np.int64)
+    mask = np.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, length - len(row) :], mask[i, length - len(row) :] = row, 1
+    pixels = rng.normal(size=(3, 3, *size)).astype(np.float32)
+    return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
+
+
+def _llava(vision: dict, text: dict, tokens: int, size: int, **fields) -> Case:
+    config = transformers.LlavaConfig(
+        vision_config=transformers.AutoConfig.for_model(**vision),
+        text_config=transformers.AutoConfig.for_model(**text),
+        image_token_index=text["vocab_size"] - 1,
+        image_seq_length=tokens,
+        **fields,
+    )
+    vocab = text["vocab_size"]
+    inputs = lambda rng: with_pictures(rng, vocab, vocab - 1, tokens, (size, size))  # noqa: E731
+    return Case(config, inputs, transformers.AutoModelForImageTextToText)
+
+
+_CLIP = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 12,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "intermediate_size": 20,
+    "image_size": 12,
+    "patch_size": 4,
+    "layer_norm_eps": 1e-3,
+}
+_LLAMA = {"model_type": "llama", "vocab_size": 37, "pad_token_id": None, **_SIZES}
+
 CASES = {
+    "llava": _llava(_CLIP, _LLAMA, 9, 12),
+    "llava_full": _llava(
+        _CLIP,
+        _LLAMA | {"model_type": "qwen2", "head_dim": 4},
+        10,
+        12,
+        vision_feature_select_strategy="full",
+        vision_feature_layer=-1,
+        multimodal_projector_bias=False,
+    ),
     "llama": _text(
         "llama", 41, **_SIZES, rms_norm_eps=1e-2, attention_bias=True, mlp_bias=True
     ),

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from vlm_jax.batch import Images
 from vlm_jax.models.layers import ACTIVATIONS, Features, LayerNorm, Linear, Mlp, Stack, drop
-from vlm_jax.models.vit import gather
+from vlm_jax.models.stems import gather
 from vlm_jax.parallel.sharding import constrain
 from vlm_jax.presets.convnets import ConvNet
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from vlm_jax.batch import Images
 from vlm_jax.models.convnet import Conv
 from vlm_jax.models.layers import Attention, Features, LayerNorm, Linear, Mlp, Stack, attend
-from vlm_jax.models.vit import gather
+from vlm_jax.models.stems import gather
 from vlm_jax.parallel.sharding import constrain
 from vlm_jax.presets.sam import Sam
 

@@ -70,7 +70,7 @@ def import_gguf(source: Path, target: Path) -> store.Stored:
         rows=lambda model: placed(file.rows(), "decoder/"),
         carried=lambda model: (),
         ignored=gguf.IGNORED,
-        renames=(),
+        renames=lambda model: (),
     )
     stored = store.Stored(target, model, kind, {})
     import_tensors(file, stored, known)
@@ -122,7 +122,7 @@ def import_tensors(source: files.Source, stored: store.Stored, known: Family) ->
     Raises:
       DataError: a tensor is missing, left over, or of another shape.
     """
-    names = _canonical(source.shapes, known.renames)
+    names = _canonical(source.shapes, known.renames(stored.model))
     leaves = params.abstract(stored.model)
     rows = {row.ours: row for row in known.rows(stored.model)}
     _check(stored.model, known, leaves, {n: source.shapes[o] for n, o in names.items()})
@@ -269,9 +269,18 @@ def export_folder(stored: store.Stored, target: Path, model_type: str = "") -> N
     target.mkdir(parents=True, exist_ok=True)
     files.write_shards(target, tensors, pieces)
     copy_kept(stored.path / store.SOURCE, target)
-    config = {**stored.published, **known.write(stored.model)}
+    config = _merged(stored.published, known.write(stored.model))
     config |= {"architectures": [known.architecture], "dtype": str(_main_dtype(tensors))}
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _merged(published: Mapping[str, Any], written: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json with what we write in the place of what it said, nested configs too."""
+    found = dict(published)
+    for key, value in written.items():
+        nested = isinstance(value, Mapping) and isinstance(found.get(key), Mapping)
+        found[key] = _merged(found[key], value) if nested else value
+    return found
 
 
 def _main_dtype(tensors: Mapping[str, Any]) -> np.dtype:

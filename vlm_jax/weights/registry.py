@@ -3,11 +3,13 @@
 import dataclasses
 import difflib
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any
 
 from vlm_jax.config import Model
 from vlm_jax.errors import ConfigError
-from vlm_jax.weights.families import big_vision, gpt_neox, llama, mpt, opt
+from vlm_jax.weights import inputs, towers
+from vlm_jax.weights.families import big_vision, llava
 from vlm_jax.weights.tables import Row, placed
 
 
@@ -22,7 +24,8 @@ class Family:
       rows: model -> table of names.
       carried: model -> patterns of names whose tensors are kept but not computed with.
       ignored: patterns of names that are no weights.
-      renames: pattern and replacement, applied in order to names of older folders.
+      inputs: model, config.json and arrays of `forward` -> prompts.
+      renames: model -> patterns and replacements, applied in order to names of other folders.
     """
 
     architecture: str
@@ -30,41 +33,60 @@ class Family:
     write: Callable[[Model], dict[str, Any]]
     rows: Callable[[Model], list[Row]]
     carried: Callable[[Model], tuple[str, ...]]
+    inputs: Callable[[Model, Mapping[str, Any], inputs.Arrays], inputs.Prompts]
     ignored: tuple[str, ...] = ()
-    renames: tuple[tuple[str, str], ...] = ()
+    renames: Callable[[Model], tuple[tuple[str, str], ...]] = lambda model: ()
 
 
 # Buffers that older versions of transformers stored.
 BUFFERS = (r".*rotary_emb\.inv_freq", r".*position_ids", r".*attention\.(masked_)?bias")
-TIED = ("lm_head.weight",)
 
 
-def _decoder(module, model_type: str, architecture: str, **fields) -> Family:
+def _text(model: Model, hf: Mapping[str, Any], arrays: inputs.Arrays) -> inputs.Prompts:
+    return inputs.text(arrays)
+
+
+def _decoder(model_type: str, architecture: str, renames=()) -> Family:
     """A family whose folders hold a decoder alone."""
+    module = towers.DECODERS[model_type]
     return Family(
         architecture,
         read=lambda hf: Model(decoder=module.read({"model_type": model_type} | dict(hf))),
         write=lambda model: module.write(model.decoder, model_type),
         rows=lambda model: placed(module.rows(model.decoder), "decoder/"),
         carried=lambda model: module.CARRIED,
+        inputs=_text,
         ignored=BUFFERS,
-        **fields,
+        renames=lambda model: renames,
+    )
+
+
+def _system(module: ModuleType) -> Family:
+    """A family whose folders hold a whole system, described by a module."""
+    return Family(
+        module.ARCHITECTURE,
+        read=module.read,
+        write=module.write,
+        rows=module.rows,
+        carried=module.carried,
+        inputs=module.inputs,
+        ignored=BUFFERS,
+        renames=module.renames,
     )
 
 
 FAMILIES = {
-    "llama": _decoder(llama, "llama", "LlamaForCausalLM"),
-    "mistral": _decoder(llama, "mistral", "MistralForCausalLM"),
-    "qwen2": _decoder(llama, "qwen2", "Qwen2ForCausalLM"),
-    "qwen3": _decoder(llama, "qwen3", "Qwen3ForCausalLM"),
-    "gemma": _decoder(llama, "gemma", "GemmaForCausalLM"),
-    "gemma2": _decoder(llama, "gemma2", "Gemma2ForCausalLM"),
-    "gemma3_text": _decoder(llama, "gemma3_text", "Gemma3ForCausalLM"),
-    "opt": _decoder(opt, "opt", "OPTForCausalLM", renames=((r"^decoder\.", "model.decoder."),)),
-    "mpt": _decoder(mpt, "mpt", "MptForCausalLM"),
-    "gpt_neox": _decoder(
-        gpt_neox, "gpt_neox", "GPTNeoXForCausalLM", renames=((r"^embed_out\.", "lm_head."),)
-    ),
+    "llama": _decoder("llama", "LlamaForCausalLM"),
+    "mistral": _decoder("mistral", "MistralForCausalLM"),
+    "qwen2": _decoder("qwen2", "Qwen2ForCausalLM"),
+    "qwen3": _decoder("qwen3", "Qwen3ForCausalLM"),
+    "gemma": _decoder("gemma", "GemmaForCausalLM"),
+    "gemma2": _decoder("gemma2", "Gemma2ForCausalLM"),
+    "gemma3_text": _decoder("gemma3_text", "Gemma3ForCausalLM"),
+    "opt": _decoder("opt", "OPTForCausalLM", ((r"^decoder\.", "model.decoder."),)),
+    "mpt": _decoder("mpt", "MptForCausalLM"),
+    "gpt_neox": _decoder("gpt_neox", "GPTNeoXForCausalLM", ((r"^embed_out\.", "lm_head."),)),
+    "llava": _system(llava),
 }
 
 
@@ -76,6 +98,7 @@ def big_vision_family(root: str) -> Family:
         write=lambda model: {},
         rows=lambda model: big_vision.rows(model, root),
         carried=lambda model: big_vision.CARRIED,
+        inputs=_text,
     )
 
 

@@ -1,0 +1,97 @@
+"""LLaVA 1.0 and 1.5: names of published LlavaForConditionalGeneration folders."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from vlm_jax.config import Model
+from vlm_jax.weights import fields, towers
+from vlm_jax.weights import inputs as inputs_
+from vlm_jax.weights.families import llava_projector
+from vlm_jax.weights.tables import Row, placed
+
+ARCHITECTURE = "LlavaForConditionalGeneration"
+# From the names that transformers 5 gives in memory, and writes for a tower alone.
+RENAMES = (
+    (r"^model\.(vision_tower|multi_modal_projector|image_newline)", r"\1"),
+    (r"^model\.language_model\.", "language_model.model."),
+    (r"^lm_head\.", "language_model.lm_head."),
+)
+SELECT = {"default": False, "full": True}  # whether the class token is kept
+VISION, TEXT = "vision_tower.", "language_model."
+
+
+def renames(model: Model) -> tuple[tuple[str, str], ...]:
+    """How names of folders become those of the table."""
+    tower = towers.kind(towers.ENCODERS, model.encoder)
+    if tower in ("clip_vision_model", "siglip_vision_model"):
+        return (*RENAMES, (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."))
+    return RENAMES
+
+
+def read(hf: Mapping[str, Any]) -> Model:
+    """The system of a config.json.
+
+    Raises:
+      ConfigError: it says what no preset does.
+    """
+    layer = hf.get("vision_feature_layer", -2)
+    fields.expect({"vision_feature_layer": type(layer).__name__}, vision_feature_layer="int")
+    select = hf.get("vision_feature_select_strategy", "default")
+    fields.expect(
+        {"vision_feature_select_strategy": select}, vision_feature_select_strategy=tuple(SELECT)
+    )
+    encoder = towers.read(towers.ENCODERS, hf.get("vision_config") or {}, "clip_vision_model")
+    # Hidden states are counted from the embeddings on, and taken before the last norm.
+    layer = layer if layer < 0 else layer - encoder.depth - 1
+    encoder = dataclasses.replace(
+        encoder, layer=layer, final_norm=False, keep_class=SELECT[select] and encoder.class_token
+    )
+    decoder = towers.read(towers.DECODERS, hf.get("text_config") or {}, "llama")
+    return Model(encoder, llava_projector.read(hf), decoder)
+
+
+def write(model: Model) -> dict[str, Any]:
+    """Fields of config.json: the inverse of `read`."""
+    encoder = model.encoder
+    select = next(name for name, kept in SELECT.items() if kept == encoder.keep_class)
+    return {
+        "model_type": "llava",
+        "vision_config": towers.write(towers.ENCODERS, encoder),
+        "text_config": towers.write(towers.DECODERS, model.decoder),
+        "vision_feature_layer": encoder.layer,
+        "vision_feature_select_strategy": select,
+        "image_seq_length": model.visual_tokens,
+        "tie_word_embeddings": model.decoder.tied,
+        **llava_projector.write(model.connector),
+    }
+
+
+def rows(model: Model) -> list[Row]:
+    """Where our leaves are."""
+    encoder = towers.ENCODERS[towers.kind(towers.ENCODERS, model.encoder)]
+    return [
+        *placed(encoder.rows(model.encoder), "encoder/", VISION),
+        *placed(llava_projector.rows(model.connector), "connector/"),
+        *placed(towers.decoder_rows(model.decoder), "decoder/", TEXT),
+    ]
+
+
+def carried(model: Model) -> tuple[str, ...]:
+    """Names of what the system does not compute: blocks after the features, heads."""
+    encoder = towers.ENCODERS[towers.kind(towers.ENCODERS, model.encoder)]
+    return tuple(VISION.replace(".", r"\.") + pattern for pattern in encoder.CARRIED)
+
+
+def image_token(hf: Mapping[str, Any]) -> int:
+    """Id of the token that stands where a visual token will."""
+    return hf.get("image_token_id", hf.get("image_token_index", 32_000))
+
+
+def inputs(model: Model, hf: Mapping[str, Any], arrays: inputs_.Arrays) -> inputs_.Prompts:
+    """Prompts with pictures `pixel_values` [n, 3, H, W], in the order of their placeholders."""
+    prompts = inputs_.text(arrays, ("pixel_values",))
+    if "pixel_values" not in arrays:
+        return prompts
+    pictures = inputs_.pictures(model.encoder, inputs_.array(arrays, "pixel_values", 4))
+    return inputs_.in_sequence(prompts, model, image_token(hf), pictures)

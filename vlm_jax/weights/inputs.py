@@ -1,0 +1,188 @@
+"""From the arrays that transformers' `forward` takes to our Batch."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from vlm_jax.batch import Batch, Images
+from vlm_jax.config import Model
+from vlm_jax.errors import ConfigError, DataError
+
+Arrays = Mapping[str, np.ndarray]
+TEXT = ("input_ids", "attention_mask")
+
+
+class Prompts(NamedTuple):
+    """Prompts with their padding moved to the right.
+
+    Attributes:
+      batch: the prompts.
+      order: int [B, T], where in the given row each position of the batch stood.
+    """
+
+    batch: Batch
+    order: np.ndarray
+
+    def moved(self, array: np.ndarray) -> np.ndarray:
+        """What is given per position [B, T, ...], at the positions of the batch."""
+        order = self.order.reshape(*self.order.shape, *(1,) * (array.ndim - 2))
+        return np.take_along_axis(array, order, axis=1)
+
+    def back(self, array: np.ndarray) -> np.ndarray:
+        """What belongs to the positions of the batch [B, T, ...], at those of the given rows."""
+        back = np.argsort(self.order, axis=1)
+        return np.take_along_axis(
+            array, back.reshape(*back.shape, *(1,) * (array.ndim - 2)), axis=1
+        )
+
+
+def text(arrays: Arrays, others: Sequence[str] = ()) -> Prompts:
+    """Text as `input_ids` and `attention_mask`, padded on either side.
+
+    Args:
+      arrays: by keyword.
+      others: names that are looked at elsewhere.
+
+    Raises:
+      ConfigError: an array that the model does not take.
+      DataError: an array is missing or of another shape.
+    """
+    refuse_unknown(arrays, (*TEXT, *others))
+    tokens = array(arrays, "input_ids", 2).astype(np.int32)
+    mask = arrays.get("attention_mask")
+    real = np.ones(tokens.shape, bool) if mask is None else np.asarray(mask).astype(bool)
+    if real.shape != tokens.shape:
+        raise DataError(f"attention_mask has shape {real.shape}; input_ids has {tokens.shape}")
+    order = np.argsort(~real, axis=1, kind="stable")
+    moved = np.take_along_axis(real, order, axis=1)
+    nothing = np.full(tokens.shape, -1, np.int32)
+    batch = Batch(
+        tokens=np.where(moved, np.take_along_axis(tokens, order, axis=1), 0),
+        segments=moved.astype(np.int32),
+        positions=np.where(moved, np.arange(tokens.shape[1]), 0).astype(np.int32),
+        loss_weights=np.zeros(tokens.shape, np.float32),
+        blocks=np.zeros(tokens.shape, np.int32),
+        visual_index=nothing,
+        image_index=nothing,
+        image_texts=np.zeros((len(tokens), 0, 0), np.int32),
+        images=Images(np.zeros((len(tokens), 0, 2), np.int32)),
+    )
+    return Prompts(batch, order)
+
+
+def pictures(encoder, pixels: np.ndarray) -> Images:
+    """Pictures [n, 3, H, W] of the encoder's size, each in a row of its own.
+
+    Raises:
+      DataError: they are of another size.
+    """
+    x = np.asarray(pixels, np.float32).transpose(0, 2, 3, 1)
+    height, width = encoder.size
+    patch = getattr(encoder, "patch", 1)
+    # What is left of the last whole patch is never looked at (384 pixels, patches of 14).
+    if tuple(side // patch for side in x.shape[1:3]) != (height // patch, width // patch):
+        raise DataError(
+            f"pixel_values are of {x.shape[1:3]} pixels; the model takes {height, width}"
+        )
+    x = x[:, :height, :width]
+    grids = np.tile(np.int32(encoder.grid), (len(x), 1, 1))
+    if encoder.reads == "pixels":
+        return Images(grids, pixels=x[:, None])
+    patches = patchify(x, encoder.patch)
+    return Images(
+        grids,
+        patches=patches,
+        patch_positions=np.tile(_positions(encoder.grid), (len(x), 1, 1)),
+        patch_images=np.zeros(patches.shape[:2], np.int32),
+    )
+
+
+def patchify(pixels: np.ndarray, patch: int) -> np.ndarray:
+    """Pictures [n, H, W, 3] as flattened patches [n, P, patch * patch * 3], row by row."""
+    n, height, width, channels = pixels.shape
+    x = pixels.reshape(n, height // patch, patch, width // patch, patch, channels)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(n, -1, patch * patch * channels)
+
+
+def _positions(grid: tuple[int, int]) -> np.ndarray:
+    return np.indices(grid, dtype=np.int32).reshape(2, -1).T
+
+
+def in_sequence(prompts: Prompts, model: Model, token: int, images: Images) -> Prompts:
+    """Prompts whose placeholders stand for the visual tokens of images, in reading order.
+
+    Args:
+      prompts: the text.
+      model: says how many visual tokens an image has.
+      token: id of the placeholder.
+      images: one per row, in the order of the placeholders of all prompts.
+
+    Raises:
+      DataError: there are not as many placeholders as visual tokens.
+    """
+    batch = prompts.batch
+    here = (batch.tokens == token) & (batch.segments > 0)
+    per_image, counts = model.visual_tokens, here.sum(axis=1)
+    if (counts % per_image).any() or counts.sum() != per_image * len(images.grids):
+        raise DataError(
+            f"{counts.tolist()} placeholders {token} in the rows of input_ids; expected "
+            f"{per_image} for each of {len(images.grids)} images"
+        )
+    index = np.where(here, np.cumsum(here, axis=1) - 1, -1).astype(np.int32)
+    return prompts._replace(
+        batch=batch._replace(
+            visual_index=index,
+            image_index=np.maximum.accumulate(index // per_image, axis=1),
+            images=rows_of(images, counts // per_image),
+        )
+    )
+
+
+def rows_of(images: Images, counts: Sequence[int]) -> Images:
+    """Images, one per row, as rows of so many images each; empty slots are padding."""
+    slots = max(1, *counts)
+    start = np.cumsum([0, *counts[:-1]])
+    number = np.arange(slots)
+    there = number < np.asarray(counts)[:, None]
+    chosen = np.where(there, start[:, None] + number, 0)
+
+    def placed(array: np.ndarray | None, empty: int = 0) -> np.ndarray | None:
+        if array is None:
+            return None
+        found = array[chosen]
+        return np.where(there.reshape(*there.shape, *(1,) * (array.ndim - 1)), found, empty)
+
+    joined = lambda x: None if x is None else x.reshape(len(x), -1, *x.shape[3:])  # noqa: E731
+    owners = placed(images.patch_images, -1)
+    if owners is not None:
+        owners = np.where(owners >= 0, number[:, None], -1).astype(np.int32)
+    pixels = placed(images.pixels)
+    return Images(
+        grids=placed(images.grids)[:, :, 0],
+        pixels=None if pixels is None else pixels[:, :, 0],
+        patches=joined(placed(images.patches)),
+        patch_positions=joined(placed(images.patch_positions)),
+        patch_images=joined(owners),
+    )
+
+
+def array(arrays: Arrays, name: str, axes: int) -> np.ndarray:
+    """An array by keyword.
+
+    Raises:
+      DataError: it is missing or has another number of axes.
+    """
+    if name not in arrays:
+        raise DataError(f"the inputs lack {name}; they have {', '.join(arrays) or 'nothing'}")
+    found = np.asarray(arrays[name])
+    if found.ndim != axes:
+        raise DataError(f"{name} has shape {found.shape}; expected {axes} axes")
+    return found
+
+
+def refuse_unknown(arrays: Arrays, known: Sequence[str]) -> None:
+    """Raises ConfigError where an array is none of the known ones."""
+    unknown = [name for name in arrays if name not in known]
+    if unknown:
+        raise ConfigError(f"inputs {', '.join(unknown)} are not taken; expected {', '.join(known)}")
