@@ -156,3 +156,9 @@ class LanguageModel(nnx.Module):
         d = self.decoder
         shape = (d.depth, rows, slots, d.kv_heads, d.head_dim)
         return Cache(jnp.zeros(shape, d.dtype), jnp.zeros(shape, d.dtype))
+
+    def apart(self) -> "LanguageModel":
+        """The same model for many calls of few tokens: its layers' parameters are cut out once."""
+        decoder = nnx.merge(*nnx.split(self))
+        decoder.stack = self.stack.apart()
+        return decoder

@@ -258,3 +258,28 @@ class Stack(nnx.Module):
         step = jax.checkpoint(step, prevent_cse=False) if self.remat else step
         unroll = not self.remat and self.layers <= UNROLLED_LAYERS
         return jax.lax.scan(step, carry, (self.blocks, per_layer, keys), unroll=unroll)
+
+    def apart(self) -> "Layers":
+        """The same blocks, each with parameters of its own."""
+        blocks = [jax.tree.map(lambda leaf: leaf[i], self.blocks) for i in range(self.layers)]
+        return Layers(blocks)
+
+
+class Layers(nnx.Module):
+    """The blocks of a stack one by one, run like it, for evaluation only.
+
+    A scan cuts each layer's parameters out of the stack whenever it runs. XLA's CPU backend copies
+    them, which is most of the time of a step that reads one token.
+    """
+
+    def __init__(self, blocks: list[nnx.Module]):
+        self.blocks = nnx.List(blocks)
+
+    def __call__(self, apply: Callable, carry, per_layer=None, key: None = None):
+        """See `Stack`."""
+        outputs = []
+        for i, block in enumerate(self.blocks):
+            inputs = jax.tree.map(lambda leaf, i=i: leaf[i], per_layer)
+            carry, output = apply(block, carry, inputs, None)
+            outputs.append(output)
+        return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
