@@ -99,5 +99,5 @@ def test_a_row_does_not_depend_on_its_neighbours_or_on_padding():
 def test_the_cache_holds_the_decoders_dtype():
     vlm = params.build(MODEL, weights(MODEL))
     cache = vlm.decoder.empty_cache(2, 9)
-    assert cache.keys.shape == cache.values.shape == (3, 2, 9, 3, 4)
+    assert cache.keys.shape == cache.values.shape == (3, 2, 3, 9, 4)
     assert cache.keys.dtype == jnp.float32
