@@ -52,5 +52,5 @@ class Generation:
             yield "temperature", "0 with a beam search"
         if not self.temperature and (self.top_k or self.top_p < 1):
             yield "temperature", "more than 0 with top_k or top_p"
-        if "" in self.stop:
-            yield "stop", "no empty string"
+        if isinstance(self.stop, str) or "" in self.stop:
+            yield "stop", "a tuple of ids and of strings that are not empty"
