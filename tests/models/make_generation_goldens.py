@@ -1,4 +1,4 @@
-"""Writes tests/goldens/generation.npz: what transformers generates with the weights of models_*.npz.
+"""Writes tests/goldens/generation.npz: what transformers generates with weights of models_*.npz.
 
     PYTHONPATH=. python tests/models/make_generation_goldens.py
 

@@ -23,6 +23,8 @@ from vlm_jax.models import params as parameters
 from vlm_jax.models import sampling
 from vlm_jax.presets.generation import Generation
 
+GREEDY = Generation()
+
 Picture = PilImage.Image | bytes | str | Path
 
 
@@ -101,7 +103,7 @@ class Predictor:
     def _complete(
         self,
         asked: Sequence[heldout.Prompt],
-        options: Generation = Generation(),
+        options: Generation = GREEDY,
         seed: int = 0,
     ) -> list[str]:
         for field, expected in options.problems():

@@ -261,8 +261,12 @@ class Stack(nnx.Module):
 
     def apart(self) -> "Layers":
         """The same blocks, each with parameters of its own."""
-        blocks = [jax.tree.map(lambda leaf: leaf[i], self.blocks) for i in range(self.layers)]
-        return Layers(blocks)
+        return Layers([_layer(self.blocks, i) for i in range(self.layers)])
+
+
+def _layer(stacked, i: int):
+    """Of a pytree whose leaves have the layers as first axis, layer i."""
+    return jax.tree.map(lambda leaf: leaf[i], stacked)
 
 
 class Layers(nnx.Module):
@@ -279,7 +283,6 @@ class Layers(nnx.Module):
         """See `Stack`."""
         outputs = []
         for i, block in enumerate(self.blocks):
-            inputs = jax.tree.map(lambda leaf, i=i: leaf[i], per_layer)
-            carry, output = apply(block, carry, inputs, None)
+            carry, output = apply(block, carry, _layer(per_layer, i), None)
             outputs.append(output)
         return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)

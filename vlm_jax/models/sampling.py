@@ -78,8 +78,8 @@ def _prefill(vlm: VLM, batch: Batch, visual, options: Generation):
     """Reads the prompts.
 
     Returns:
-      Logits of the first new token [B, V]; the cache, of B * beams rows; and the function that reads
-      a token of each of them, `step(token, index, cache) -> logits, cache`.
+      Logits of the first new token [B, V]; the cache, of B * beams rows; and the function that
+      reads a token of each of them, `step(token, index, cache) -> logits, cache`.
     """
     new, beams = options.max_new_tokens, options.beams
     rows, prompt = batch.tokens.shape
