@@ -2,10 +2,12 @@
 
     python -m benchmarks.decode
     python -m benchmarks.decode --sizes tiny --batches 1 --repeats 3
+    python -m benchmarks.decode --threads 1 --clock cpu
 
-Both sides run in one process, in turns, each on as many threads as the machine has cores. A figure
-is the median over the repeats of a whole generation: the prompt, then every new token. Needs torch
-and transformers.
+Both sides run in one process, in turns, on the same cores with as many threads. A figure is the
+median over the repeats of a whole generation: the prompt, then every new token. On a machine that
+does other work too, the seconds that one core spent (`--threads 1 --clock cpu`) say more than those
+on the wall. Needs torch and transformers.
 """
 
 import argparse
@@ -24,6 +26,7 @@ from vlm_jax.models import params, sampling
 from vlm_jax.presets.decoders import Decoder, decoder
 from vlm_jax.weights import tables
 
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 EXACT = {"dtype": "float32", "remat": False}
 SIZES = {
     "tiny": Decoder(2048, 256, 6, 768, 4, 2, 64, tied=True, **EXACT),
@@ -48,8 +51,13 @@ ROWS = (
 def main() -> None:
     """Prints a table of tokens per second, all rows of a batch together."""
     options = _options()
-    torch.set_num_threads(os.cpu_count())
-    print(f"prompt {options.prompt}, new {options.new}, load {os.getloadavg()[0]:.1f}")
+    cores = sorted(os.sched_getaffinity(0))[: options.threads]
+    os.sched_setaffinity(0, cores)  # before jax starts its threads
+    torch.set_num_threads(len(cores))
+    print(
+        f"prompt {options.prompt}, new tokens {options.new}, threads {len(cores)}, "
+        f"{options.clock} clock, load {os.getloadavg()[0]:.1f}"
+    )
     print(f"{'size':14} {'batch':>5} {'vlm_jax':>9} {'transformers':>13} {'ratio':>6} {'equal':>6}")
     for size in options.sizes:
         model = Model(decoder=SIZES[size])
@@ -62,7 +70,7 @@ def main() -> None:
             tokens = rng.integers(0, model.decoder.vocab, (rows, options.prompt))
             sides = _ours(model, flat, tokens, options.new), _theirs(theirs, tokens, options.new)
             answers = [side() for side in sides]  # compiles, and warms up
-            seconds = _seconds(sides, options.repeats)
+            seconds = _seconds(sides, options.repeats, CLOCKS[options.clock])
             ours, other = (rows * options.new / s for s in seconds)
             equal = (answers[0] == answers[1]).mean()
             print(f"{size:14} {rows:5} {ours:9.1f} {other:13.1f} {ours / other:6.2f} {equal:6.1%}")
@@ -75,6 +83,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=32)
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, help="all cores by default")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
     return parser.parse_args()
 
 
@@ -134,14 +144,14 @@ def _theirs(module: transformers.LlamaForCausalLM, tokens: np.ndarray, new: int)
     return generate
 
 
-def _seconds(sides, repeats: int) -> list[float]:
+def _seconds(sides, repeats: int, clock) -> list[float]:
     """Median seconds of each side, measured in turns."""
     taken = [[] for _ in sides]
     for _ in range(repeats):
         for side, times in zip(sides, taken, strict=True):
-            start = time.perf_counter()
+            start = clock()
             side()
-            times.append(time.perf_counter() - start)
+            times.append(clock() - start)
     return [statistics.median(times) for times in taken]
 
 

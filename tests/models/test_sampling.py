@@ -64,6 +64,16 @@ def test_cached_generation_equals_full_passes(name):
     assert (cached[3] == NO_END).all()
 
 
+def test_layers_cut_apart_give_what_the_stack_gives(monkeypatch):
+    model = MODELS["windows, caps, two norms"]
+    flat, batch = weights(model, seed=6), prompts(model, seed=6)
+    apart = generate(sampling.greedy, model, flat, batch, NO_END)
+    compiled.cache_clear()
+    monkeypatch.setattr(sampling, "CUT_APART", ())
+    np.testing.assert_array_equal(apart, generate(sampling.greedy, model, flat, batch, NO_END))
+    compiled.cache_clear()
+
+
 def test_a_row_ends_at_its_own_end_token():
     flat = weights(MODEL, seed=3)
     batch = prompts(MODEL, seed=3)

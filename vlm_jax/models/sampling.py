@@ -18,6 +18,10 @@ from vlm_jax.presets.generation import Generation
 # Added to the score of a hypothesis that must not be chosen.
 FORBIDDEN = -1e9
 
+# Backends on which layers' parameters are cut out of their stack once, before the loop: XLA's for
+# CPUs otherwise copies them for every token. It costs the decoder's memory once more.
+CUT_APART = ("cpu",)
+
 Ends = Sequence[int | Int[Array, ""]]
 
 
@@ -94,7 +98,7 @@ def _prefill(vlm: VLM, batch: Batch, visual, options: Generation):
     last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
     logits = vlm.unembed(last)[:, 0]
 
-    decoder = vlm.decoder.apart()
+    decoder = vlm.decoder.apart() if jax.default_backend() in CUT_APART else vlm.decoder
     made = lengths[:, None] + jnp.arange(new)
     key_positions = _repeated(jnp.concatenate([batch.positions, made], axis=1), beams)
     slots = jnp.arange(prompt + new)
