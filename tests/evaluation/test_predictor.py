@@ -7,6 +7,7 @@ import small
 from PIL import Image
 
 from vlm_jax.data import heldout
+from vlm_jax.errors import ConfigError
 from vlm_jax.evaluation.predictor import Predictor
 from vlm_jax.models import params, sampling
 
@@ -32,7 +33,7 @@ def test_answers_are_those_of_uncached_greedy_generation(predictor, examples):
     expected = []
     for batch in heldout.prompt_batches(config, [heldout.prompt_of(e) for e in examples]):
         tokens = np.asarray(uncached(predictor.params, batch))
-        expected += [predictor._text(row) for row in tokens]
+        expected += [predictor._text(row, [predictor._end]) for row in tokens]
     answers = predictor.answer(examples)
     assert answers == expected[:6]
     assert len(set(answers)) > 1  # or the comparison would say little
@@ -79,3 +80,42 @@ def test_attention_is_a_distribution_over_patches_for_a_perceiver_only(predictor
     assert not np.allclose(maps[0], maps[1])
     projector = Predictor(small.config("mlp"), small.parameters("mlp"))
     assert projector.attention(pictures) is None
+
+
+def ask(predictor, examples, **options) -> list[str]:
+    pictures = [example.images for example in examples]
+    return predictor.generate(pictures, ["what is it?"] * len(pictures), 6, **options)
+
+
+def test_a_reply_ends_before_a_stop_token_or_a_stop_string(predictor, examples):
+    whole = ask(predictor, examples)
+    reply = max(whole, key=len)
+    assert len(reply) > 2
+    middle = reply[1:-1]
+    ended = ask(predictor, examples, stop=(middle,))
+    assert ended == [text.split(middle)[0].strip() for text in whole]
+    tokens = predictor.tokenizer.encode(reply)
+    for text, cut in zip(whole, ask(predictor, examples, stop=(tokens[-1],)), strict=True):
+        assert text.startswith(cut)
+    assert whole != ask(predictor, examples, stop=(tokens[-1],))
+
+
+def test_draws_follow_the_seed_and_the_place_of_the_prompt(predictor, examples):
+    same = [examples[0]] * 6  # more than a batch
+    options = {"temperature": 2.0, "top_k": 50}
+    drawn = ask(predictor, same, seed=3, **options)
+    assert len(set(drawn)) > 3
+    assert drawn == ask(predictor, same, seed=3, **options)
+    assert drawn[:2] == ask(predictor, same[:2], seed=3, **options)
+    assert drawn != ask(predictor, same, seed=4, **options)
+
+
+def test_one_beam_of_a_search_may_be_beaten_by_three(predictor, examples):
+    searched = ask(predictor, examples, beams=3, length_penalty=0.0)
+    assert len(searched) == 6
+    assert searched != ask(predictor, examples)
+
+
+def test_options_that_make_no_sense_are_refused(predictor, examples):
+    with pytest.raises(ConfigError, match="top_p is 2; expected more than 0 and at most 1"):
+        ask(predictor, examples, temperature=1.0, top_p=2)

@@ -157,7 +157,7 @@ def test_every_leaf_of_the_cache_has_rows_on_its_second_axis():
     visual = jnp.ones((5, 2, model.visual_tokens, model.visual_width))
     cache = vlm.empty_cache(5, 9, visual)
     assert [leaf.shape for leaf in jax.tree.leaves(cache)] == [
-        *[(3, 5, 9, 3, 4)] * 2,
+        *[(3, 5, 3, 9, 4)] * 2,
         *[(2, 5, 2, 4, 2, 6)] * 2,
     ]
 

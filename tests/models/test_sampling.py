@@ -64,6 +64,16 @@ def test_cached_generation_equals_full_passes(name):
     assert (cached[3] == NO_END).all()
 
 
+def test_layers_cut_apart_give_what_the_stack_gives(monkeypatch):
+    model = MODELS["windows, caps, two norms"]
+    flat, batch = weights(model, seed=6), prompts(model, seed=6)
+    apart = generate(sampling.greedy, model, flat, batch, NO_END)
+    compiled.cache_clear()
+    monkeypatch.setattr(sampling, "CUT_APART", ())
+    np.testing.assert_array_equal(apart, generate(sampling.greedy, model, flat, batch, NO_END))
+    compiled.cache_clear()
+
+
 def test_a_row_ends_at_its_own_end_token():
     flat = weights(MODEL, seed=3)
     batch = prompts(MODEL, seed=3)
@@ -99,5 +109,5 @@ def test_a_row_does_not_depend_on_its_neighbours_or_on_padding():
 def test_the_cache_holds_the_decoders_dtype():
     vlm = params.build(MODEL, weights(MODEL))
     cache = vlm.decoder.empty_cache(2, 9)
-    assert cache.keys.shape == cache.values.shape == (3, 2, 9, 3, 4)
+    assert cache.keys.shape == cache.values.shape == (3, 2, 3, 9, 4)
     assert cache.keys.dtype == jnp.float32

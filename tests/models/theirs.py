@@ -36,11 +36,15 @@ def compare(case: Case, module: torch.nn.Module, x: np.ndarray):
     output = _run(case, module, x)
     module.zero_grad()
     (output * torch.from_numpy(cotangent(tuple(output.shape)))).sum().backward()
-    weights = {name: p.detach().numpy() for name, p in module.named_parameters()}
     gradients = {
         name: p.grad.numpy() for name, p in module.named_parameters() if p.grad is not None
     }
-    return output.detach().numpy(), _named(case, weights), _named(case, gradients)
+    return output.detach().numpy(), weights(case, module), _named(case, gradients)
+
+
+def weights(case: Case, module: torch.nn.Module) -> dict[str, np.ndarray]:
+    """Their weights in numpy, by the tables' names."""
+    return _named(case, {name: p.detach().numpy() for name, p in module.named_parameters()})
 
 
 def _run(case: Case, module: torch.nn.Module, x: np.ndarray) -> torch.Tensor:

@@ -50,6 +50,11 @@ class Tokenizer:
         encoding = self.backend.encode(text, add_special_tokens=False)
         return encoding.ids, [start for start, _ in encoding.offsets]
 
+    def single(self, text: str) -> list[int]:
+        """Ids of the tokens that are this text, the special one that is spelled so included."""
+        special, spelled = self.backend.token_to_id(text), self.encode(text)
+        return ([] if special is None else [special]) + (spelled if len(spelled) == 1 else [])
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens left out."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)

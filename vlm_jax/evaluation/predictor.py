@@ -1,4 +1,4 @@
-"""A model that answers: prompts and pictures in, greedy text out, in batches of static shape."""
+"""A model that answers: prompts and pictures in, text out, in batches of static shape."""
 
 import dataclasses
 import functools
@@ -16,11 +16,14 @@ from vlm_jax.batch import Batch, Images
 from vlm_jax.data import chat, heldout
 from vlm_jax.data import tokenizer as tokenizers
 from vlm_jax.data.example import Example, Image
-from vlm_jax.errors import DataError
+from vlm_jax.errors import ConfigError, DataError
 from vlm_jax.evaluation import devices
 from vlm_jax.evaluation.vision import Vision
 from vlm_jax.models import params as parameters
 from vlm_jax.models import sampling
+from vlm_jax.presets.generation import Generation
+
+GREEDY = Generation()
 
 Picture = PilImage.Image | bytes | str | Path
 
@@ -47,6 +50,9 @@ class Predictor:
         images: Sequence[Picture | Sequence[Picture] | None],
         prompts: Sequence[str],
         max_new_tokens: int | None = None,
+        *,
+        seed: int = 0,
+        **options,
     ) -> list[str]:
         """The model's reply to each prompt; its pictures come first, then its words.
 
@@ -55,9 +61,12 @@ class Predictor:
             bytes or a path.
           prompts: what the user says.
           max_new_tokens: length limit of a reply; by default `config.eval.max_new_tokens`.
+          seed: of what is drawn; the draws of prompt i depend on (seed, i) alone.
+          **options: further fields of `Generation`, such as temperature, top_p, beams or stop.
 
         Raises:
           ValueError: `images` and `prompts` differ in length.
+          ConfigError: options are out of range or contradict each other.
           DataError: a picture cannot be used, or a prompt is too long.
         """
         if len(images) != len(prompts):
@@ -69,7 +78,7 @@ class Predictor:
             heldout.ask(prompt, *_encoded(group))
             for group, prompt in zip(images, prompts, strict=True)
         ]
-        return self._complete(asked, max_new_tokens)
+        return self._complete(asked, Generation(max_new_tokens, **options), seed)
 
     def answer(self, examples: Sequence[Example]) -> list[str]:
         """The model's reply where each example's last reply stands."""
@@ -92,25 +101,46 @@ class Predictor:
         return np.concatenate(maps)[: len(asked)].astype(np.float32)
 
     def _complete(
-        self, asked: Sequence[heldout.Prompt], max_new_tokens: int | None = None
+        self,
+        asked: Sequence[heldout.Prompt],
+        options: Generation = GREEDY,
+        seed: int = 0,
     ) -> list[str]:
+        for field, expected in options.problems():
+            raise ConfigError(f"{field} is {getattr(options, field)!r}; expected {expected}")
         if not self.config.data.images:
             asked = [dataclasses.replace(prompt, images=()) for prompt in asked]
+        if options.temperature:
+            return self._replies(asked, options, seed)
         # Without pictures most questions are the same.
-        replies = self._replies(list(dict.fromkeys(asked)), max_new_tokens)
+        different = list(dict.fromkeys(asked))
+        replies = dict(zip(different, self._replies(different, options, seed), strict=True))
         return [replies[prompt] for prompt in asked]
 
     def _replies(
-        self, asked: Sequence[heldout.Prompt], max_new_tokens: int | None
-    ) -> dict[heldout.Prompt, str]:
-        limit = max_new_tokens or self.config.eval.max_new_tokens
-        greedy, replies = _compiled_greedy(self.config.model, self._end, limit), []
+        self, asked: Sequence[heldout.Prompt], options: Generation, seed: int
+    ) -> list[str]:
+        limit = options.max_new_tokens or self.config.eval.max_new_tokens
+        options = dataclasses.replace(options, max_new_tokens=limit)
+        ends = self._ends(options.stop)
+        strings = tuple(stop for stop in options.stop if isinstance(stop, str))
+        generate = _compiled(self.config.model, ends, dataclasses.replace(options, stop=()))
+        replies = []
         for batch in heldout.prompt_batches(self.config, asked):
             self._check_length(batch.tokens.shape[1] + limit)
-            tokens = devices.fetch(greedy(self.params, *self.vision.inputs(batch)))
-            replies += [self._text(row) for row in tokens]
-        # The last batch is filled up with empty rows.
-        return dict(zip(asked, replies, strict=False))
+            numbers = np.arange(len(replies), len(replies) + len(batch.tokens), dtype=np.uint32)
+            inputs = *self.vision.inputs(batch), devices.place(numbers)
+            tokens = devices.fetch(generate(self.params, *inputs, np.uint32(seed)))
+            replies += [self._text(row, ends, strings) for row in tokens]
+        return replies[: len(asked)]  # the last batch is filled up with empty rows
+
+    def _ends(self, stop: Sequence[str | int]) -> tuple[int, ...]:
+        """Ids that end a reply: the template's own, those given, and strings that are one token."""
+        ids = [self._end]
+        for one in stop:
+            known = [one] if isinstance(one, int) else self.tokenizer.single(one)
+            ids += [i for i in known if i not in ids]
+        return tuple(ids)
 
     def _check_length(self, length: int) -> None:
         """Raises DataError where a decoder with a table of positions has none for the last ones."""
@@ -122,22 +152,33 @@ class Predictor:
                 f"has {table}: ask for fewer new tokens, or shorten the prompt"
             )
 
-    def _text(self, tokens: Int[np.ndarray, " new"]) -> str:
-        ended = np.flatnonzero(tokens == self._end)
+    def _text(
+        self, tokens: Int[np.ndarray, " new"], ends: Sequence[int], strings: Sequence[str] = ()
+    ) -> str:
+        """The reply before the first end token and the first of the strings."""
+        ended = np.flatnonzero(np.isin(tokens, ends))
         kept = tokens[: ended[0]] if len(ended) else tokens
-        return self.tokenizer.decode(kept.tolist()).strip()
+        text = self.tokenizer.decode(kept.tolist())
+        found = [at for at in map(text.find, strings) if at >= 0]
+        return text[: min(found, default=len(text))].strip()
 
 
 @functools.cache
-def _compiled_greedy(model: configs.Model, end: int, new_tokens: int):
+def _compiled(model: configs.Model, ends: tuple[int, ...], options: Generation):
     """One compiled function for all parameters of a model."""
 
-    def greedy(
-        params: Mapping[str, Array], batch: Batch, visual: Float[Array, "B N Q D"]
+    def generate(
+        params: Mapping[str, Array],
+        batch: Batch,
+        visual: Float[Array, "B N Q D"],
+        numbers: Int[Array, " B"],
+        seed: Int[Array, ""],
     ) -> Int[Array, "B new"]:
-        return sampling.greedy(parameters.build(model, params), batch, visual, new_tokens, end)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), numbers)
+        vlm = parameters.build(model, params)
+        return sampling.generate(vlm, batch, visual, options, ends, keys)
 
-    return jax.jit(greedy)
+    return jax.jit(generate)
 
 
 @functools.cache

@@ -25,9 +25,25 @@ class Cache(NamedTuple):
     `seen` is what cross-attention looks at, which no later token changes; None without it.
     """
 
-    keys: Float[Array, "L B S G K"]
-    values: Float[Array, "L B S G K"]
+    keys: Float[Array, "L B G S K"]
+    values: Float[Array, "L B G S K"]
     seen: Seen | None = None
+
+    def write(self, key: Float[Array, "B T G K"], value: Float[Array, "B T G K"], layer, start):
+        """The cache with these at slot `start` of a layer."""
+        return self._replace(
+            keys=_written(self.keys, key, layer, start),
+            values=_written(self.values, value, layer, start),
+        )
+
+    def read(self, layer) -> tuple[Float[Array, "B S G K"], Float[Array, "B S G K"]]:
+        """Keys and values of a layer."""
+        return tuple(jnp.swapaxes(leaf[layer], 1, 2) for leaf in (self.keys, self.values))
+
+
+def _written(leaf, new: Float[Array, "B T G K"], layer, start) -> Float[Array, "L B G S K"]:
+    new = jnp.swapaxes(new, 1, 2)[None].astype(leaf.dtype)
+    return jax.lax.dynamic_update_slice(leaf, new, (layer, 0, 0, start, 0))
 
 
 class Block(nnx.Module):
@@ -53,26 +69,25 @@ class Block(nnx.Module):
         self.mlp = Mlp(d.width, d.mlp, d.activation, gated=d.gated, bias=d.mlp_bias, rngs=rngs)
         self.post_norm2 = norm(d.width, d.norm_eps) if d.post_norms else None
 
-    def __call__(self, x: Float[Array, "B T D"], look: View, cache, start, key):
-        """One block; with a cache, keys and values are written at slot `start` and read from it."""
+    def __call__(self, x: Float[Array, "B T D"], look: View, cache, layer, start, key):
+        """One block; with a cache, its keys and values are written at slot `start` of `layer`."""
         keys = (None,) * 2 if key is None else jax.random.split(key)
         rate = self.decoder.dropout
-        y, cache = self._attend(self.norm1(x), look, cache, start)
+        y, cache = self._attend(self.norm1(x), look, cache, layer, start)
         attended = x + drop(y if self.post_norm1 is None else self.post_norm1(y), rate, keys[0])
         y = self.mlp(self.norm2(x if self.decoder.parallel else attended))
         y = drop(y if self.post_norm2 is None else self.post_norm2(y), rate, keys[1])
         return constrain(attended + y, "batch", None, None), cache
 
-    def _attend(self, y: Float[Array, "B T D"], look: View, cache: Cache | None, start):
+    def _attend(self, y: Float[Array, "B T D"], look: View, cache: Cache | None, layer, start):
         query, k, v = self.attention.project(y, y)
         if self.query_norm is not None:
             query, k = self.query_norm(query), self.key_norm(k)
         if look.sin is not None:
             query, k = (rotate(heads, look.sin, look.cos) for heads in (query, k))
         if cache is not None:
-            k = jax.lax.dynamic_update_slice_in_dim(cache.keys, k, start, axis=1)
-            v = jax.lax.dynamic_update_slice_in_dim(cache.values, v, start, axis=1)
-            cache = Cache(k, v)
+            cache = cache.write(k, v, layer, start)
+            k, v = cache.read(layer)
         scale = (self.decoder.query_scale or self.decoder.head_dim) ** -0.5
         bias = None
         if look.distance is not None:
@@ -154,16 +169,20 @@ class LanguageModel(nnx.Module):
         views = [view(self.decoder, kind, mask, positions, key_positions) for kind in kinds]
         which = np.array([kinds.index(kind) for kind in self.decoder.layers])
 
-        def apply(block, x, inputs, key):
-            cache, second = inputs
+        def apply(block, carry, inputs, key):
+            x, cache = carry
+            layer, second = inputs
             look = views[0]
             if len(views) > 1:
                 look = jax.tree.map(lambda one, other: jnp.where(second, other, one), *views)
-            return block(x, look, cache, start, key)
+            return block(x, look, cache, layer, start, key), None
 
-        # What cross-attention looks at has blocks on its first axis and comes in by the hook.
+        # Carried, not given out layer by layer: so it is written in place. What cross-attention
+        # looks at has blocks on its first axis and comes in by the hook.
         own = None if cache is None else cache._replace(seen=None)
-        x, own = run(self.stack, hook, apply, x, per_layer=(own, which), key=keys[1])
+        inputs = np.arange(self.decoder.depth), which
+        hook = None if hook is None else _on_hidden(hook)
+        (x, own), _ = run(self.stack, hook, apply, (x, own), per_layer=inputs, key=keys[1])
         return x, None if cache is None else own._replace(seen=cache.seen)
 
     def unembed(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
@@ -180,8 +199,23 @@ class LanguageModel(nnx.Module):
     def empty_cache(self, rows: int, slots: int) -> Cache:
         """A cache of zeros for `rows` rows and `slots` positions."""
         d = self.decoder
-        shape = (d.depth, rows, slots, d.kv_heads, d.head_dim)
+        shape = (d.depth, rows, d.kv_heads, slots, d.head_dim)
         return Cache(jnp.zeros(shape, d.dtype), jnp.zeros(shape, d.dtype))
+
+    def apart(self) -> "LanguageModel":
+        """The same model for many calls of few tokens: its layers' parameters are cut out once."""
+        decoder = nnx.merge(*nnx.split(self))
+        decoder.stack = self.stack.apart()
+        return decoder
+
+
+def _on_hidden(hook: Hook) -> Hook:
+    """The hook for a carry of hidden states and a cache, which it passes."""
+
+    def apply(block, carry, inputs, key):
+        return hook.apply(block, carry[0], inputs, key), carry[1]
+
+    return hook._replace(apply=apply)
 
 
 def _logits(

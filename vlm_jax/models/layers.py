@@ -303,3 +303,31 @@ class Stack(nnx.Module):
 
         # prevent_cse is only needed outside scan (jax.checkpoint's documentation).
         return jax.checkpoint(step, prevent_cse=False) if self.remat else step
+
+    def apart(self) -> "Layers":
+        """The same blocks, each with parameters of its own."""
+        return Layers([_layer(self.blocks, i) for i in range(self.layers)])
+
+
+def _layer(stacked, i: int):
+    """Of a pytree whose leaves have the layers as first axis, layer i."""
+    return jax.tree.map(lambda leaf: leaf[i], stacked)
+
+
+class Layers(nnx.Module):
+    """The blocks of a stack one by one, run like it, for evaluation only.
+
+    A scan cuts each layer's parameters out of the stack whenever it runs. XLA's CPU backend copies
+    them, which is most of the time of a step that reads one token.
+    """
+
+    def __init__(self, blocks: list[nnx.Module]):
+        self.blocks = nnx.List(blocks)
+
+    def __call__(self, apply: Callable, carry, per_layer=None, key: None = None):
+        """See `Stack`."""
+        outputs = []
+        for i, block in enumerate(self.blocks):
+            carry, output = apply(block, carry, _layer(per_layer, i), None)
+            outputs.append(output)
+        return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
