@@ -9,6 +9,7 @@ import numpy as np
 from vlm_jax.weights import files
 
 FOLDER = pathlib.Path(__file__).parents[1] / "goldens"
+BEAMS = 3  # of the beam searches
 KINDS = ("tensors", "inputs", "outputs")
 
 

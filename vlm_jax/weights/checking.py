@@ -9,18 +9,20 @@ from jaxtyping import Array
 
 from vlm_jax import config as configs
 from vlm_jax.models import params, sampling
+from vlm_jax.presets.generation import Generation
 from vlm_jax.weights import inputs, registry, store
 
-NO_END = -1  # no token: generation goes on to the last
 
-
-def run(stored: store.Stored, arrays: inputs.Arrays, new_tokens: int = 0) -> dict[str, np.ndarray]:
+def run(
+    stored: store.Stored, arrays: inputs.Arrays, new_tokens: int = 0, beams: int = 1
+) -> dict[str, np.ndarray]:
     """Logits of a prompt and greedy tokens after it, or an encoder's features, in float32.
 
     Args:
       stored: the model.
       arrays: by the keywords of `forward`.
-      new_tokens: how many tokens to make after the prompt.
+      new_tokens: how many tokens to make after the prompt; no token ends it.
+      beams: hypotheses of a beam search; 1 = greedy.
 
     Returns:
       `logits` [B, T, V] and with new_tokens `tokens` [B, new_tokens]; or `last_hidden_state`.
@@ -34,7 +36,8 @@ def run(stored: store.Stored, arrays: inputs.Arrays, new_tokens: int = 0) -> dic
     leaves = store.load(stored, places, dict.fromkeys(places, np.float32))
     if model.decoder is None:
         return {"last_hidden_state": _features(model, leaves, arrays)}
-    return _answers(model, leaves, known.inputs(model, stored.published, arrays), new_tokens)
+    options = Generation(max_new_tokens=new_tokens, beams=beams)
+    return _answers(model, leaves, known.inputs(model, stored.published, arrays), options)
 
 
 def exact(model: configs.Model) -> configs.Model:
@@ -54,7 +57,7 @@ def _features(model: configs.Model, leaves: Mapping[str, Array], arrays) -> np.n
 
 
 def _answers(
-    model: configs.Model, leaves: Mapping[str, Array], prompts: inputs.Prompts, new_tokens: int
+    model: configs.Model, leaves: Mapping[str, Array], prompts: inputs.Prompts, options: Generation
 ) -> dict[str, np.ndarray]:
     def answer(leaves, batch):
         vlm = params.build(model, leaves)
@@ -63,9 +66,9 @@ def _answers(
             texts = batch.image_texts if batch.image_texts.size else None
             visual = vlm.visual((batch.images, *batch.extra_images), texts=texts)
         logits = vlm.unembed(vlm.hidden(batch, visual))
-        if not new_tokens:
+        if not options.max_new_tokens:
             return logits, None
-        return logits, sampling.greedy(vlm, batch, visual, new_tokens, NO_END)
+        return logits, sampling.generate(vlm, batch, visual, options, ())
 
     logits, tokens = jax.jit(answer)(leaves, jax.tree.map(jnp.asarray, prompts.batch))
     found = {"logits": prompts.back(np.asarray(logits))}
