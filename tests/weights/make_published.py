@@ -1,6 +1,6 @@
 """Writes tests/goldens/published_*.npz with transformers.
 
-    PYTHONPATH=. python tests/weights/make_goldens.py [NAME ...]
+    PYTHONPATH=. python tests/weights/make_published.py [NAME ...]
 
 Needs torch and transformers (torch 2.13.0 and transformers 5.23.0 made those of the repository).
 """

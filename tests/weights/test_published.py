@@ -1,4 +1,4 @@
-"""Published folders in and out, against what transformers made of them (see make_goldens.py)."""
+"""Published folders in and out, against what transformers made of them (see make_published.py)."""
 
 import json
 
