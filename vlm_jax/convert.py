@@ -1,7 +1,7 @@
 """Published weights in and out, and a check of them.
 
 python -m vlm_jax.convert import SOURCE DIR
-python -m vlm_jax.convert export DIR HF_DIR
+python -m vlm_jax.convert export DIR HF_DIR    # DIR: an imported model, or a run
 python -m vlm_jax.convert check DIR INPUTS.npz OUTPUTS.npz --new_tokens=16
 
 SOURCE is a folder as transformers writes it, with config.json and safetensors; a decoder's .gguf;
@@ -10,6 +10,7 @@ that `forward` of transformers takes, by keyword, and writes float32 `logits` (o
 `last_hidden_state`) and greedy `tokens`. Nothing that came with weights is ever executed.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -47,12 +48,30 @@ def export(source: Path, target: Path) -> None:
     """Writes a model's folder as transformers loads it."""
     from vlm_jax.weights import conversion, store
 
-    stored = store.open_model(source)
+    stored = store.open_model(source) if store.is_model(source) else _run(source)
     if target.suffix == ".npz":
         conversion.export_npz(stored, target)
     else:
         conversion.export_folder(stored, target, _FAMILY.value)
     print(target)
+
+
+def _run(workdir: Path):
+    """A run's parameters, for the folder that the run started from."""
+    from vlm_jax.training import checkpoints
+    from vlm_jax.weights import store
+
+    config, leaves = checkpoints.load_params(workdir)
+    whole = [init.folder for init in config.init if not init.part]
+    if not whole and not _FAMILY.value:
+        raise ConfigError(
+            f"{workdir} did not start from a whole imported model: name the model_type to export "
+            "to with --family"
+        )
+    if not whole:
+        return store.Stored(workdir, config.model, _FAMILY.value, {}, leaves)
+    origin = store.open_model(doors.folder(whole[0]))
+    return dataclasses.replace(origin, model=config.model, trained=leaves)
 
 
 def check(folder: Path, inputs: Path, outputs: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import pathlib
 
 import goldens
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -94,6 +95,10 @@ def test_code_of_its_own_is_never_run(tmp_path):
         ({"model_type": None}, "unknown model_type None"),
         ({"hidden_act": "mish"}, "hidden_act is 'mish'"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type is 'yarn'"),
+        ({"num_hidden_layers": 10**9}, "1000000000 layers of"),
+        ({"hidden_size": 0}, "not of a llama"),
+        ({"intermediate_size": -3}, "not of a llama"),
+        ({"vocab_size": "many"}, "not of a llama"),
     ],
 )
 def test_settings_that_no_preset_has(fields, message, tmp_path):
@@ -105,6 +110,29 @@ def test_what_is_no_folder_of_transformers(tmp_path):
     assert "no config.json" in refusal(tmp_path / "source", DataError)
     (tmp_path / "source" / "config.json").write_text("{")
     assert "cannot be read" in refusal(tmp_path / "source", DataError)
+
+
+def test_a_folder_that_holds_something_else_is_not_written_to(tmp_path):
+    source = publish(tmp_path / "source")
+    before = sorted(path.name for path in source.iterdir())
+    with pytest.raises(ConfigError, match="holds something else"):
+        conversion.import_weights(source, source)
+    stored = conversion.import_weights(source, tmp_path / "model")
+    with pytest.raises(ConfigError, match="own folder"):
+        conversion.export_folder(stored, tmp_path / "model")
+    assert sorted(path.name for path in source.iterdir()) == before
+    assert store.open_model(tmp_path / "model").model == stored.model
+    conversion.import_weights(source, tmp_path / "model")  # a model's folder is written anew
+
+
+def test_layers_of_different_dtypes_keep_every_bit(tmp_path):
+    wide = np.full(12, 1 + 2**-20, np.float32)
+    names = ["model.layers.0.input_layernorm.weight", NORM]
+    narrow = np.ones(12, ml_dtypes.bfloat16)
+    source = publish(tmp_path / "source", **dict(zip(names, (narrow, wide))))
+    stored = conversion.import_folder(source, tmp_path / "model")
+    leaf = stored.parameters.read("decoder/stack/blocks/norm1/scale")
+    np.testing.assert_array_equal(leaf, np.stack([narrow.astype(np.float32), wide]))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """From published folders to ours and back, tensor by tensor, so that memory holds one at a time."""
 
 import dataclasses
+import functools
 import json
 import re
 import shutil
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vlm_jax import config as configs
@@ -52,6 +54,9 @@ def import_weights(source: Path, target: Path) -> store.Stored:
       ConfigError: they are of a kind that no preset describes.
       DataError: they are missing, damaged or not what their config promises.
     """
+    occupied = target.exists() and (not target.is_dir() or any(target.iterdir()))
+    if occupied and not store.is_model(target):
+        raise ConfigError(f"{target} holds something else; expected a new folder or a model's")
     if source.is_dir():
         return import_folder(source, target)
     if not source.is_file():
@@ -104,16 +109,32 @@ def import_folder(source: Path, target: Path) -> store.Stored:
     folder = files.Folder(source)
     kind = folder.config.get("model_type")
     known = family(kind)
-    try:
-        model = known.read(folder.config)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise ConfigError(f"{source}/config.json is not of a {kind}: {error!r}") from error
-    stored = store.Stored(target, model, kind, folder.config)
-    configs.check_model(stored.model)
+    stored = store.Stored(target, _model(known, folder, kind), kind, folder.config)
     import_tensors(folder, stored, known)
     copy_kept(source, target / store.SOURCE)
     store.write_config(stored)
     return stored
+
+
+def _model(known: Family, folder: files.Folder, kind: str) -> configs.Model:
+    """The model of a config.json, however wrong that may be."""
+    try:
+        model = known.read(folder.config)
+        configs.check_model(model)
+        layers = max([0, *(tower.depth for tower in _deep(model))])
+        if layers > len(folder.shapes):
+            raise ConfigError(f"{layers} layers of {len(folder.shapes)} tensors")
+        params.abstract(model)
+    except (ConfigError, DataError):
+        raise
+    except Exception as error:  # sizes that make no sense fail wherever they are first used
+        raise ConfigError(f"{folder.path}/config.json is not of a {kind}: {error!r}") from error
+    return model
+
+
+def _deep(model: configs.Model) -> list[Any]:
+    towers = (*model.encoders, model.decoder)
+    return [tower for tower in towers if isinstance(getattr(tower, "depth", None), int)]
 
 
 def import_tensors(source: files.Source, stored: store.Stored, known: Family) -> None:
@@ -128,7 +149,7 @@ def import_tensors(source: files.Source, stored: store.Stored, known: Family) ->
     _check(stored.model, known, leaves, {n: source.shapes[o] for n, o in names.items()})
     stored.path.mkdir(parents=True, exist_ok=True)
     (stored.path / "config.json").unlink(missing_ok=True)
-    dtypes = {path: _dtype(source, names, rows[path]) for path in leaves}
+    dtypes = {path: _dtype(source, names, rows[path], leaves[path].shape) for path in leaves}
     shapes = {path: _struct(leaf.shape, dtypes[path]) for path, leaf in leaves.items()}
 
     def layers(path: str) -> Iterator[np.ndarray]:
@@ -203,8 +224,10 @@ def _first(names: list[str]) -> str:
     return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
 
 
-def _dtype(source: files.Source, names: Mapping[str, str], row: Row) -> np.dtype:
-    return source.dtypes[names[row.names(1)[0]]]
+def _dtype(source: files.Source, names: Mapping[str, str], row: Row, shape: tuple) -> np.dtype:
+    """The dtype that holds every layer of a leaf exactly."""
+    dtypes = {source.dtypes[names[name]] for name in row.names(layers_of(row.ours, shape))}
+    return np.dtype(functools.reduce(jnp.promote_types, dtypes))
 
 
 def _struct(shape: tuple[int, ...], dtype: np.dtype) -> jax.ShapeDtypeStruct:
@@ -242,6 +265,8 @@ def export_folder(stored: store.Stored, target: Path, model_type: str = "") -> N
     Raises:
       ConfigError: the family has no place for a leaf of the model.
     """
+    if target.exists() and target.resolve() == stored.path.resolve():
+        raise ConfigError(f"{target} is the model's own folder; expected another one")
     model_type = model_type or stored.family
     known = family(model_type)
     parameters, carried = stored.parameters, stored.carried

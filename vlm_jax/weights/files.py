@@ -76,6 +76,19 @@ class Safetensors:
             return file.get_slice(name)[index]
 
 
+class Memory:
+    """Leaves in memory, read as those of a file are."""
+
+    def __init__(self, leaves: Mapping[str, Any]):
+        self._leaves = leaves
+        self.shapes = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
+        self.dtypes = {name: np.dtype(leaf.dtype) for name, leaf in leaves.items()}
+
+    def read(self, name: str, index: Any = ...) -> np.ndarray:
+        """See `Safetensors.read`."""
+        return np.asarray(self._leaves[name][index])
+
+
 class Folder(Safetensors):
     """A published folder: config.json and safetensors, in one file or several with an index.
 

@@ -27,23 +27,27 @@ PARAMETERS, CARRIED, SOURCE = "parameters.safetensors", "carried.safetensors", "
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """A model's folder.
+    """A model's folder, or what training made of it.
 
     Attributes:
       path: the folder.
       model: its presets.
       family: model_type of the folders it is exported to.
       published: the config.json it came with.
+      trained: leaves that stand for the folder's, by path; None = the folder's.
     """
 
     path: Path
     model: configs.Model
     family: str
     published: Mapping[str, Any]
+    trained: Mapping[str, Any] | None = None
 
     @property
-    def parameters(self) -> files.Safetensors:
+    def parameters(self) -> files.Safetensors | files.Memory:
         """Our leaves by path."""
+        if self.trained is not None:
+            return files.Memory(self.trained)
         return files.Safetensors([self.path / PARAMETERS])
 
     @property

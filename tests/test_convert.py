@@ -1,0 +1,107 @@
+"""The door `python -m vlm_jax.convert`."""
+
+import dataclasses
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from absl import flags
+
+from vlm_jax import config as configs
+from vlm_jax import convert
+from vlm_jax.errors import ConfigError
+from vlm_jax.models import params
+from vlm_jax.presets.connectors import Connector
+from vlm_jax.presets.decoders import Decoder
+from vlm_jax.presets.encoders import Encoder
+from vlm_jax.training import checkpoints
+from vlm_jax.weights import files, store
+
+ROOT = pathlib.Path(__file__).parents[1]
+DECODER = Decoder(31, 12, 2, 20, 3, 1, 4)
+
+
+@pytest.fixture(autouse=True)
+def parsed():
+    flags.FLAGS.mark_as_parsed()
+
+
+def leaves(model: configs.Model, seed: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    shapes = params.abstract(model)
+    return {p: rng.normal(size=s.shape).astype(np.float32) for p, s in shapes.items()}
+
+
+def write_model(path: pathlib.Path, seed: int = 0) -> store.Stored:
+    """A Llama's folder with random leaves."""
+    stored = store.Stored(path, configs.Model(decoder=DECODER), "llama", {"eos_token_id": 2})
+    arrays = leaves(stored.model, seed)
+    path.mkdir()
+    files.write(path / store.PARAMETERS, arrays, lambda name: [arrays[name]])
+    store.write_config(stored)
+    return stored
+
+
+def test_import_export_and_check_follow_each_other(tmp_path, capsys):
+    write_model(tmp_path / "model")
+    convert.main(["convert", "export", str(tmp_path / "model"), str(tmp_path / "hf")])
+    convert.main(["convert", "import", str(tmp_path / "hf"), str(tmp_path / "again")])
+    first, second = (tmp_path / name / store.PARAMETERS for name in ("model", "again"))
+    assert first.read_bytes() == second.read_bytes()
+    np.savez(tmp_path / "in.npz", input_ids=np.array([[3, 4, 5]]))
+    words = [str(tmp_path / name) for name in ("again", "in.npz", "out.npz")]
+    convert.main(["convert", "check", *words])
+    assert np.load(tmp_path / "out.npz")["logits"].shape == (1, 3, 31)
+    assert "llama, 1,164 parameters" in capsys.readouterr().out
+
+
+def test_a_trained_run_goes_out_to_the_family_it_came_from(tmp_path, monkeypatch):
+    write_model(tmp_path / "model")
+    config = configs.Config(
+        name="x",
+        model=configs.Model(
+            Encoder(8, 1, 8, 2, patch=4, image_size=8), Connector("linear"), DECODER
+        ),
+        data=configs.Data({"emoji:caption": 1.0}),
+        init=(configs.Init(str(tmp_path / "model")),),
+    )
+    trained = leaves(config.model, 1)
+    monkeypatch.setattr(checkpoints, "load_params", lambda workdir: (config, trained))
+    with pytest.raises(ConfigError, match="no place for connector"):
+        convert.main(["convert", "export", str(tmp_path / "run"), str(tmp_path / "hf")])
+    config = dataclasses.replace(config, model=configs.Model(decoder=DECODER))
+    trained = leaves(config.model, 1)
+    convert.main(["convert", "export", str(tmp_path / "run"), str(tmp_path / "hf")])
+    exported = files.Folder(tmp_path / "hf")
+    np.testing.assert_array_equal(
+        exported.read("model.embed_tokens.weight"), trained["decoder/embedding"]
+    )
+    assert exported.config["eos_token_id"] == 2
+
+
+def test_a_run_that_began_at_random_names_its_family(tmp_path, monkeypatch):
+    config = configs.Config("x", configs.Model(decoder=DECODER), configs.Data({"a": 1.0}))
+    found = (config, leaves(config.model, 1))
+    monkeypatch.setattr(checkpoints, "load_params", lambda workdir: found)
+    with pytest.raises(ConfigError, match="--family"):
+        convert.main(["convert", "export", str(tmp_path / "run"), str(tmp_path / "hf")])
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["impart", "a", "b"], 78, "unknown command 'impart'; expected import, export, check"),
+        (["import", "a"], 78, "import was given 1 words; expected SOURCE DIR"),
+        (["import", "nowhere", "b"], 65, "nowhere does not exist"),
+    ],
+)
+def test_refusals_end_with_their_code_and_no_traceback(words, code, message, tmp_path):
+    command = [sys.executable, "-m", "vlm_jax.convert", *words]
+    result = subprocess.run(
+        command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert result.returncode == code
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
