@@ -15,12 +15,12 @@ from vlm_jax.models import params, sampling
 from vlm_jax.presets.generation import Generation
 
 FOLDER = pathlib.Path(__file__).parents[1] / "goldens"
-# Every option with one family, what the others could differ in with each.
-QUICK = ("greedy, ends", "beams, ends")
-COMPARED = [
-    pytest.param(family, name, marks=() if first or name in QUICK else pytest.mark.slow)
-    for first, family in zip((True, False, False, False), SMALL, strict=True)
-    for name in OPTIONS
+# Every option with one family (with windows too in the long tier), the usual ones with each.
+USUAL = ("greedy, ends", "beams, ends")
+COMPARED = [("llama_untied", name) for name in OPTIONS]
+COMPARED += [(family, name) for family in SMALL if family != "llama_untied" for name in USUAL]
+COMPARED += [
+    pytest.param("gemma2", name, marks=pytest.mark.slow) for name in OPTIONS if name not in USUAL
 ]
 
 
