@@ -124,7 +124,9 @@ def _model(known: Family, folder: files.Folder, kind: str) -> configs.Model:
         layers = max([0, *(tower.depth for tower in _deep(model))])
         if layers > len(folder.shapes):
             raise ConfigError(f"{layers} layers of {len(folder.shapes)} tensors")
-        params.abstract(model)
+        empty = [path for path, leaf in params.abstract(model).items() if not leaf.size]
+        if empty:
+            raise ValueError(f"nothing would be in {_first(empty)}")
     except (ConfigError, DataError):
         raise
     except Exception as error:  # sizes that make no sense fail wherever they are first used
