@@ -473,7 +473,7 @@ def check(config: Config) -> None:
         dict(data.mixture),
         "weights of at least 0",
     )
-    square = model.encoder is None or len(set(model.encoder.size)) == 1
+    square = all(len(set(encoder.size)) == 1 for encoder in model.encoders)
     _require(
         square or data.augment == Augment(),
         "data.augment",

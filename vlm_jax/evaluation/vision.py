@@ -34,7 +34,8 @@ class Vision:
 
     def inputs(self, batch: Batch) -> tuple[Batch, Float[Array, "B N Q D"]]:
         """On the devices: the batch without its images, and their visual tokens."""
-        return devices.place((batch._replace(images=None, image_texts=None), self(batch)))
+        text = batch._replace(images=None, extra_images=(), image_texts=None)
+        return devices.place((text, self(batch)))
 
     def __call__(self, batch: Batch) -> Float[np.ndarray, "B N Q D"]:
         """What `vlm.visual` gives for the batch's images; zeros where there is none.
@@ -48,7 +49,8 @@ class Vision:
         shape = (rows, max(count, data.images_per_row), model.visual_tokens, model.visual_width)
         visual = np.zeros(shape, model.decoder.dtype)
         if data.images and count:
-            slots = _slots(batch.images, model.encoder.patches)
+            images = (batch.images, *batch.extra_images)
+            slots = tuple(map(_slots, images, model.encoders))
             places = list(zip(*np.nonzero(grids.any(axis=-1)), strict=True))
             names = {place: _name(slots, place[0] * count + place[1]) for place in places}
             self._remember(slots, {names[row, n]: row * count + n for row, n in places})
@@ -56,7 +58,7 @@ class Vision:
                 visual[place] = self._known[name]
         return visual
 
-    def _remember(self, slots: Images, wanted: Mapping[bytes, int]) -> None:
+    def _remember(self, slots: tuple[Images, ...], wanted: Mapping[bytes, int]) -> None:
         """Encodes the slots, by name, that are not known yet, in batches of one shape."""
         if sum(tokens.nbytes for tokens in self._known.values()) > MEMORY:
             self._known.clear()
@@ -73,19 +75,20 @@ class Vision:
 
 @functools.cache
 def _compiled(model: configs.Model):
-    """One compiled encoder for all parameters of a model."""
+    """What sees, compiled once for all parameters of a model."""
 
-    def encode(params: Mapping[str, Array], images: Images) -> Float[Array, "B N Q D"]:
+    def encode(params: Mapping[str, Array], images: tuple[Images, ...]) -> Float[Array, "B N Q D"]:
         return parameters.build(model, params).visual(images)
 
     return jax.jit(encode)
 
 
-def _slots(images: Images, patches: int) -> Images:
+def _slots(images: Images, encoder) -> Images:
     """Every image slot as a row of its own; slots own equal shares of a row's patches."""
     split = images._replace(grids=_flat(images.grids)[:, None])
     if images.pixels is not None:
         return split._replace(pixels=_flat(images.pixels)[:, None])
+    patches = encoder.patches
     return split._replace(
         patches=images.patches.reshape(-1, patches, images.patches.shape[-1]),
         patch_positions=images.patch_positions.reshape(-1, patches, 2),
@@ -98,7 +101,10 @@ def _flat(x: np.ndarray) -> np.ndarray:
     return x.reshape(-1, *x.shape[2:])
 
 
-def _name(slots: Images, slot: int) -> bytes:
-    """A digest of a slot's pixels."""
-    seen = slots.patches if slots.pixels is None else slots.pixels
-    return hashlib.blake2b(np.ascontiguousarray(seen[slot]), digest_size=16).digest()
+def _name(slots: tuple[Images, ...], slot: int) -> bytes:
+    """A digest of a slot's pixels, as all encoders see them."""
+    digest = hashlib.blake2b(digest_size=16)
+    for images in slots:
+        seen = images.patches if images.pixels is None else images.pixels
+        digest.update(np.ascontiguousarray(seen[slot]))
+    return digest.digest()

@@ -115,10 +115,11 @@ class VLM(nnx.Module):
         """Float32 logits of hidden states."""
         return self.decoder.unembed(hidden)
 
-    def attention_maps(self, images: Images) -> Float[Array, "B N Q P"]:
+    def attention_maps(self, images: Images | tuple[Images, ...]) -> Float[Array, "B N Q P"]:
         """Where each visual token of a Perceiver looks; see `Perceiver.attention_maps`."""
-        maps = self.connector.attention_maps(self.features((images,)))
-        return maps.reshape(*images.grids.shape[:2], *maps.shape[1:])
+        images = (images,) if isinstance(images, Images) else images
+        maps = self.connector.attention_maps(self.features(images))
+        return maps.reshape(*images[0].grids.shape[:2], *maps.shape[1:])
 
 
 def _connector(model, rngs: nnx.Rngs) -> nnx.Module:
