@@ -133,4 +133,4 @@ def test_a_connector_makes_as_many_visual_tokens_as_its_preset_says(name):
 @pytest.mark.parametrize("name", EVERY)
 def test_a_config_of_it_survives_as_plain_data(name):
     model = EVERY[name].model
-    assert config._typed(config.Model, config.plain(model), "model") == model
+    assert config.typed(config.Model, config.plain(model), "model") == model

@@ -21,6 +21,7 @@ from vlm_jax.evaluation import devices
 from vlm_jax.evaluation.vision import Vision
 from vlm_jax.models import params as parameters
 from vlm_jax.models import sampling
+from vlm_jax.models.sva import Visual
 from vlm_jax.presets.generation import Generation
 
 GREEDY = Generation()
@@ -170,7 +171,7 @@ def _compiled(model: configs.Model, ends: tuple[int, ...], options: Generation):
     def generate(
         params: Mapping[str, Array],
         batch: Batch,
-        visual: Float[Array, "B N Q D"],
+        visual: Float[Array, "B N Q D"] | Visual,
         numbers: Int[Array, " B"],
         seed: Int[Array, ""],
     ) -> Int[Array, "B new"]:

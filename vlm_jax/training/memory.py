@@ -169,6 +169,19 @@ def _towers(config: Config, rows: int, tensor: int) -> Iterator[Tower]:
             remat=work.remat,
             item=item(connector),
         )
+        if model.samplers is not None:
+            yield Tower(
+                "samplers",
+                sequences=rows * data.images_per_row,
+                length=work.length,
+                context=work.context,
+                width=work.width,
+                mlp=work.mlp / tensor,
+                heads=work.heads / tensor,
+                depth=model.samplers.count,
+                remat=decoder.remat,
+                item=item(decoder),
+            )
     if model.fusion is not None:
         fusion = model.fusion
         yield Tower(
