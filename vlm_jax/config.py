@@ -24,7 +24,7 @@ from vlm_jax.presets.fusion import CrossAttention
 from vlm_jax.presets.mapping import Mapping as MappingNetwork
 from vlm_jax.presets.qformer import QFormer
 from vlm_jax.presets.sam import Sam
-from vlm_jax.presets.sva import Sva
+from vlm_jax.presets.sva import Samplers, Sva
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Model:
       extra_encoders: further encoders that look at the same images.
       fusion: gated cross-attention between the decoder's layers; None = visual tokens stand in the
         sequence and nothing else (autoregressive).
+      samplers: blocks by which visual tokens go on looking at images between the decoder's layers.
     """
 
     encoder: Encoder | ConvNet | Sam | None = None
@@ -47,6 +48,7 @@ class Model:
     decoder: Decoder | None = None
     extra_encoders: tuple[Encoder | ConvNet | Sam, ...] = ()
     fusion: CrossAttention | None = None
+    samplers: Samplers | None = None
 
     @property
     def encoders(self) -> tuple[Encoder | ConvNet | Sam, ...]:
@@ -473,7 +475,7 @@ def check(config: Config) -> None:
         dict(data.mixture),
         "weights of at least 0",
     )
-    square = model.encoder is None or len(set(model.encoder.size)) == 1
+    square = all(len(set(encoder.size)) == 1 for encoder in model.encoders)
     _require(
         square or data.augment == Augment(),
         "data.augment",
@@ -534,6 +536,16 @@ def check_model(model: Model, longest: int = 0) -> None:
         _require(model.decoder is not None, "model.decoder", None, "what stands around the fusion")
         problems = model.fusion.problems(model.decoder.width, model.decoder.depth)
         _check_preset(model.fusion, "model.fusion", problems)
+    if model.samplers is not None:
+        _check_samplers(model)
+
+
+def _check_samplers(model: Model) -> None:
+    kind = None if model.connector is None else model.connector.kind
+    _require(kind == "sva", "model.connector.kind", kind, "sva, whose windows samplers look at")
+    _require(model.fusion is None, "model.fusion", model.fusion, "None beside samplers")
+    problems = model.samplers.problems(model.decoder.depth)
+    _check_preset(model.samplers, "model.samplers", problems)
 
 
 def _check_preset(preset: Any, path: str, problems: typing.Iterable[tuple[str, str]]) -> None:

@@ -127,13 +127,7 @@ def _between(place, size, side):
 
 def cambrian(preset, tensors, **fed):
     """Cambrian's aggregator (cambrian/model/{cambrian_arch,vision_sampler}.py), place by place."""
-    grids, count = fed.pop("grids"), len(preset.sides)
-    maps = []
-    for i in range(count):
-        x = resized(fed[f"x{i}"], grids[i], preset.sides[i])
-        x = gelu(linear(x, tensors, f"mm_projector_aux_{i}.0"))
-        x = linear(x, tensors, f"mm_projector_aux_{i}.2")
-        maps.append(layer_norm(x, tensors, f"mm_projector_aux_{i}.3"))
+    maps = cambrian_maps(preset, tensors, **fed)
     context = maps[0].mean((1, 2))
     rows = []
     for r in range(preset.side):
@@ -143,6 +137,17 @@ def cambrian(preset, tensors, **fed):
     return np.stack(rows, axis=1)
 
 
+def cambrian_maps(preset, tensors, grids, **fed):
+    """The projected features of every encoder, [n, side, side, W]."""
+    maps = []
+    for i, side in enumerate(preset.sides):
+        x = resized(fed[f"x{i}"], grids[i], side)
+        x = gelu(linear(x, tensors, f"mm_projector_aux_{i}.0"))
+        x = linear(x, tensors, f"mm_projector_aux_{i}.2")
+        maps.append(layer_norm(x, tensors, f"mm_projector_aux_{i}.3"))
+    return maps
+
+
 def cambrian_masked(preset, tensors, **fed):
     """The same with padding."""
     return cambrian(preset, tensors, **fed)
@@ -150,6 +155,16 @@ def cambrian_masked(preset, tensors, **fed):
 
 def _sampled(preset, tensors, maps, context, fed, r, c):
     """The visual token at one place."""
+    windows, visible = cambrian_windows(preset, maps, fed, r, c)
+    queries = np.broadcast_to(tensors["vision_query"], context.shape)
+    for layer in range(preset.layers):
+        at = f"vision_sampler_0.layers.{layer}"
+        queries = cambrian_layer(preset, tensors, at, queries, context, windows, visible)
+    return linear(gelu(linear(queries, tensors, "mm_projector.0")), tensors, "mm_projector.2")
+
+
+def cambrian_windows(preset, maps, fed, r, c):
+    """What the query at one place looks at, and what of it is there."""
     windows, visible = [], []
     for i, features in enumerate(maps):
         size = preset.sides[i] // preset.side
@@ -160,26 +175,24 @@ def _sampled(preset, tensors, maps, context, fed, r, c):
             mask = fed[f"mask{i}"].reshape(mask.shape)
         mask = mask[at].reshape(len(features), -1)
         visible.append(np.where(mask.any(1, keepdims=True), mask, True))
-    visible = np.concatenate(visible, axis=1)
-    queries = np.broadcast_to(tensors["vision_query"], context.shape)
-    for layer in range(preset.layers):
-        at = f"vision_sampler_0.layers.{layer}"
-        whole = linear(context, tensors, f"{at}.proj_context")
-        x = linear(np.concatenate([queries, whole], axis=1), tensors, f"{at}.proj_in")
-        key, value = [], []
-        for i, window in enumerate(windows):
-            if window.shape[1] > 1:
-                window = window + tensors[f"{at}.pos_embed_{i}"]
-            for found, letter in ((key, "k"), (value, "v")):
-                name = f"{at}.cross_attn.{letter}_proj_{i}"
-                found.append(linear(layer_norm(window, tensors, f"{name}.0"), tensors, f"{name}.1"))
-        name = f"{at}.cross_attn.q_proj"
-        query = linear(layer_norm(x, tensors, f"{name}.0"), tensors, f"{name}.1")
-        both = np.concatenate(key, axis=1), np.concatenate(value, axis=1)
-        out = attention(query[:, None], *both, preset.heads, visible)[:, 0]
-        x = layer_norm(x + linear(out, tensors, f"{at}.cross_attn.o_proj"), tensors, f"{at}.norm")
-        x = linear(
-            gelu(linear(x, tensors, f"{at}.proj_out.linear_1")), tensors, f"{at}.proj_out.linear_2"
-        )
-        queries = queries + x
-    return linear(gelu(linear(queries, tensors, "mm_projector.0")), tensors, "mm_projector.2")
+    return windows, np.concatenate(visible, axis=1)
+
+
+def cambrian_layer(preset, tensors, at, queries, context, windows, visible):
+    """One joint layer for one query of every image [n, D]; `at` names it."""
+    whole = linear(context, tensors, f"{at}.proj_context")
+    x = linear(np.concatenate([queries, whole], axis=1), tensors, f"{at}.proj_in")
+    key, value = [], []
+    for i, window in enumerate(windows):
+        if window.shape[1] > 1:
+            window = window + tensors[f"{at}.pos_embed_{i}"]
+        for found, letter in ((key, "k"), (value, "v")):
+            name = f"{at}.cross_attn.{letter}_proj_{i}"
+            found.append(linear(layer_norm(window, tensors, f"{name}.0"), tensors, f"{name}.1"))
+    name = f"{at}.cross_attn.q_proj"
+    query = linear(layer_norm(x, tensors, f"{name}.0"), tensors, f"{name}.1")
+    both = np.concatenate(key, axis=1), np.concatenate(value, axis=1)
+    out = attention(query[:, None], *both, preset.heads, visible)[:, 0]
+    x = layer_norm(x + linear(out, tensors, f"{at}.cross_attn.o_proj"), tensors, f"{at}.norm")
+    x = gelu(linear(x, tensors, f"{at}.proj_out.linear_1"))
+    return queries + linear(x, tensors, f"{at}.proj_out.linear_2")

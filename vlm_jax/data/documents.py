@@ -22,6 +22,7 @@ class Document:
       tokens, loss_weights, blocks, visual_index, image_index: as in a Batch, the indices counted
         from the document's own first image.
       pixels: float32 [n, H, W, 3], normalised; zeros for an image that could not be used.
+      extra_pixels: the same images for each of `model.extra_encoders`.
       texts: int32 [n, S], the second text of each image, 0 = padding.
       rejects: why the sample is not learned from, e.g. ("truncated",); its loss weights and texts
         are 0 then.
@@ -38,6 +39,7 @@ class Document:
     pixels: Float[np.ndarray, "n H W 3"]
     texts: Int[np.ndarray, "n S"]
     rejects: tuple[str, ...] = ()
+    extra_pixels: tuple[Float[np.ndarray, "n h w 3"], ...] = ()
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -66,15 +68,16 @@ def document(
     if too_long:
         return _build(example, _EMPTY, config, tokenizer, (), (too_long,))
     augment = None if rng is None else config.data.augment
-    pixels, rejects = [], []
+    pictures, rejects = [], []
     for span in spans:
         try:
-            image = _at(example.images, span.index)
-            pixels.append(images.fit(images.decode(image), config.model.encoder, augment, rng))
+            rgba = images.decode(_at(example.images, span.index))
+            pictures.append(images.fit_all(rgba, config.model.encoders, augment, rng))
         except images.BadImage as bad:
-            pixels.append(np.zeros((*config.model.encoder.size, 3), np.float32))
+            blank = lambda encoder: np.zeros((*encoder.size, 3), np.float32)  # noqa: E731
+            pictures.append(tuple(map(blank, config.model.encoders)))
             rejects.append(bad.reason)
-    return _build(example, rendered, config, tokenizer, pixels, tuple(rejects))
+    return _build(example, rendered, config, tokenizer, pictures, tuple(rejects))
 
 
 def prompt_document(
@@ -93,14 +96,14 @@ def prompt_document(
             f"the prompt has {len(rendered.tokens)} tokens and {len(rendered.image_spans)} images; "
             f"config.data allows {config.data.tokens} and {config.data.images_per_row}"
         )
-    pixels = []
+    seen = []
     for span in rendered.image_spans:
         try:
             rgba = images.decode(_at(pictures, span.index))
         except images.BadImage as bad:
             raise DataError(f"image {span.index + 1} of the prompt cannot be used: {bad}") from bad
-        pixels.append(images.fit(rgba, config.model.encoder))
-    return _build(prompt, rendered, config, tokenizer, pixels, ())
+        seen.append(images.fit_all(rgba, config.model.encoders))
+    return _build(prompt, rendered, config, tokenizer, seen, ())
 
 
 def render(
@@ -139,7 +142,7 @@ def _build(
     rendered: chat.Rendered,
     config: Config,
     tokenizer: Tokenizer,
-    pixels: Sequence[np.ndarray],
+    pictures: Sequence[tuple[np.ndarray, ...]],
     rejects: tuple[str, ...],
 ) -> Document:
     size = config.data.text_tokens
@@ -153,6 +156,7 @@ def _build(
             ids = tokenizer.encode(example.image_texts[span.index])[:size]
             row[: len(ids)] = ids
     weights = rendered.loss_weights
+    pixels, *extra_pixels = _stacked(pictures, config)
     return Document(
         key=example.key,
         source=example.source,
@@ -161,12 +165,20 @@ def _build(
         blocks=_blocks(weights, config.data.attention),
         visual_index=visual_index,
         image_index=image_index,
-        pixels=np.stack(pixels)
-        if len(pixels)
-        else np.zeros((0, *config.model.encoder.size, 3), np.float32),
+        pixels=pixels,
         texts=texts,
         rejects=rejects,
+        extra_pixels=tuple(extra_pixels),
     )
+
+
+def _stacked(pictures: Sequence[tuple[np.ndarray, ...]], config: Config) -> list[np.ndarray]:
+    """Pictures, each as every encoder sees it, as one array [n, H, W, 3] per encoder."""
+    found = []
+    for i, encoder in enumerate(config.model.encoders):
+        own = [picture[i] for picture in pictures]
+        found.append(np.stack(own) if own else np.zeros((0, *encoder.size, 3), np.float32))
+    return found
 
 
 def _indices(

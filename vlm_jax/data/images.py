@@ -4,6 +4,7 @@ Alpha is kept until the last moment and is premultiplied before any resampling, 
 hidden under transparent pixels never bleeds into edges.
 """
 
+import copy
 import io
 import os
 from collections.abc import Sequence
@@ -127,6 +128,7 @@ def fit(
     encoder: Encoder,
     augment: Augment | None = None,
     rng: np.random.Generator | None = None,
+    drawn: int = 0,
 ) -> Float[np.ndarray, "H W 3"]:
     """Pixels as the encoder sees them: squashed to its size, on a background, normalised.
 
@@ -135,6 +137,7 @@ def fit(
       encoder: its image size, mean and standard deviation are read.
       augment: random changes; None (evaluation) composites on white and changes nothing.
       rng: where the changes are drawn from; needed with `augment`.
+      drawn: side in pixels for which they are drawn, and then scaled; 0 = the encoder's own.
     """
     height, width = encoder.size
     image = Image.fromarray(np.ascontiguousarray(rgba)).convert("RGBa")
@@ -143,11 +146,29 @@ def fit(
     if augment is None:
         rgb = _composite(image, np.eye(4, 3, dtype=np.float32), np.ones(3, np.float32))
     else:
-        rgb = _augmented(image, augment, rng)
+        rgb = _augmented(image, augment, rng, drawn or width)
     np.clip(rgb, 0.0, 1.0, out=rgb)
     rgb -= _row(encoder.mean, width)
     rgb /= _row(encoder.std, width)
     return rgb.reshape(height, width, 3)
+
+
+def fit_all(
+    rgba: UInt8[np.ndarray, "h w 4"],
+    encoders: Sequence[Encoder],
+    augment: Augment | None = None,
+    rng: np.random.Generator | None = None,
+) -> tuple[Float[np.ndarray, "H W 3"], ...]:
+    """One picture, changed once, as each of several encoders sees it; see `fit`.
+
+    Sizes in pixels are those of the first encoder, after which alone `rng` is advanced.
+    """
+    first, *others = encoders
+    replays = [copy.deepcopy(rng) for _ in others]
+    found = [fit(rgba, first, augment, rng)]
+    for encoder, replay in zip(others, replays, strict=True):
+        found.append(fit(rgba, encoder, augment, replay, first.size[1]))
+    return tuple(found)
 
 
 # Pictures are worked on as rows of interleaved colours: numpy is several times faster on rows
@@ -182,20 +203,22 @@ def _composite(image: Image.Image, colour, background) -> Float[np.ndarray, "H r
 
 
 def _augmented(
-    image: Image.Image, augment: Augment, rng: np.random.Generator
+    image: Image.Image, augment: Augment, rng: np.random.Generator, drawn: int
 ) -> Float[np.ndarray, "H row"]:
+    """What depends on a number of pixels is drawn for `drawn` of them a side, then scaled."""
     size = image.size[0]
     image = _warped(image, augment, rng)
     radius = augment.blur * rng.uniform(-1, 1)  # half of the pictures stay sharp
     if radius > _SMALLEST_BLUR:
-        image = image.filter(ImageFilter.BoxBlur(radius))
+        image = image.filter(ImageFilter.BoxBlur(radius * (size / drawn)))
     rgb = _composite(image, _colour(augment, rng), _background(augment, size, rng))
     if augment.shade:
         rgb *= 1 + _ramp(size, augment.shade, rng)
     if augment.noise:
-        rgb += augment.noise * rng.random() * rng.standard_normal(rgb.shape, np.float32)
+        strength = augment.noise * rng.random()
+        rgb += strength * _grain(rng.standard_normal((drawn, 3 * drawn), np.float32), size)
     if rng.random() < augment.erase:
-        _erase(rgb.reshape(size, size, 3), rng)
+        _erase(rgb.reshape(size, size, 3), drawn, rng)
     return rgb
 
 
@@ -269,12 +292,26 @@ def _ramp(size: int, strength: float, rng: np.random.Generator) -> Float[np.ndar
     return down * line[:, None] + along * line.repeat(3)
 
 
-def _erase(rgb: Float[np.ndarray, "H W 3"], rng: np.random.Generator) -> None:
+def _grain(noise: Float[np.ndarray, "h row"], size: int) -> Float[np.ndarray, "H _row"]:
+    """Noise at another size, not smoothed: it would lose its strength."""
+    drawn = len(noise)
+    if drawn == size:
+        return noise
+    nearest = (2 * np.arange(size) + 1) * drawn // (2 * size)
+    grain = noise.reshape(drawn, drawn, 3)[nearest[:, None], nearest]
+    return grain.reshape(size, -1)
+
+
+def _erase(rgb: Float[np.ndarray, "H W 3"], drawn: int, rng: np.random.Generator) -> None:
     """Paints a rectangle of 10 to 38 % of the side with one colour, in place."""
+    height, width = np.maximum(1, (drawn * rng.uniform(0.1, 0.38, 2)).astype(int))
+    top, left = rng.integers(0, drawn - height + 1), rng.integers(0, drawn - width + 1)
     size = len(rgb)
-    height, width = np.maximum(1, (size * rng.uniform(0.1, 0.38, 2)).astype(int))
-    top, left = rng.integers(0, size - height + 1), rng.integers(0, size - width + 1)
-    rgb[top : top + height, left : left + width] = rng.random(3, np.float32)
+    rows, columns = (
+        slice(start * size // drawn, -(-(start + length) * size // drawn))
+        for start, length in ((top, height), (left, width))
+    )
+    rgb[rows, columns] = rng.random(3, np.float32)
 
 
 def patchify(pixels: Float[np.ndarray, "H W 3"], patch: int) -> Float[np.ndarray, "P patch_dim"]:

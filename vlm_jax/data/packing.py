@@ -19,6 +19,7 @@ class Shape:
 
     Attributes:
       visual_tokens: per image, Q.
+      encoders: all that look at the images.
       pad: id on padding.
     """
 
@@ -27,7 +28,7 @@ class Shape:
     images: int
     texts: int
     visual_tokens: int
-    encoder: Encoder
+    encoders: tuple[Encoder, ...]
     pad: int = 0
 
 
@@ -39,7 +40,7 @@ def shape_of(config: Config, pad: int, **changes: int) -> Shape:
         images=config.data.images_per_row if config.data.images else 0,
         texts=config.data.text_tokens,
         visual_tokens=config.model.visual_tokens,
-        encoder=config.model.encoder,
+        encoders=config.model.encoders,
         pad=pad,
     )
     return dataclasses.replace(shape, **changes)
@@ -123,6 +124,7 @@ def names(rows: Sequence[Sequence[Document]]) -> tuple[tuple[tuple[str, str], ..
 
 def _empty(shape: Shape) -> Batch:
     whole = lambda fill: np.full((shape.rows, shape.tokens), fill, np.int32)  # noqa: E731
+    images, *extra_images = (_no_images(shape, encoder) for encoder in shape.encoders)
     return Batch(
         tokens=whole(shape.pad),
         segments=whole(0),
@@ -132,12 +134,12 @@ def _empty(shape: Shape) -> Batch:
         visual_index=whole(-1),
         image_index=whole(-1),
         image_texts=np.zeros((shape.rows, shape.images, shape.texts), np.int32),
-        images=_no_images(shape),
+        images=images,
+        extra_images=tuple(extra_images),
     )
 
 
-def _no_images(shape: Shape) -> Images:
-    encoder = shape.encoder
+def _no_images(shape: Shape, encoder: Encoder) -> Images:
     slots = (shape.rows, shape.images)
     grids = np.zeros((*slots, 2), np.int32)
     if encoder.reads == "pixels":
@@ -172,8 +174,11 @@ def _fill(batch: Batch, row: int, documents: Sequence[Document], shape: Shape) -
         batch.visual_index[here] = _shifted(document.visual_index, image * shape.visual_tokens)
         batch.image_index[here] = _shifted(document.image_index, image)
         batch.image_texts[row, image:last_image] = document.texts
-        for slot, pixels in enumerate(document.pixels, start=image):
-            _place(batch.images, row, slot, pixels, shape.encoder)
+        all_images = (batch.images, *batch.extra_images)
+        all_pixels = (document.pixels, *document.extra_pixels)
+        for images, pictures, encoder in zip(all_images, all_pixels, shape.encoders, strict=True):
+            for slot, pixels in enumerate(pictures, start=image):
+                _place(images, row, slot, pixels, encoder)
         token, image = end, last_image
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vlm_jax.batch import Batch
-from vlm_jax.config import Config, plain
+from vlm_jax.config import Config
 from vlm_jax.data import documents, order, packing, sources
 from vlm_jax.data import tokenizer as tokenizers
 from vlm_jax.data.documents import Document
@@ -278,11 +278,20 @@ def _fingerprint(
         "tokens": data.tokens,
         "images_per_row": data.images_per_row,
         "visual_tokens": config.model.image_positions,
-        "image_size": plain(config.model.encoder)["image_size"],
+        **_sizes(config),
         "pool": data.pool,
         "views": data.views,
         **order.fingerprint(opened, data.views),
     }
+
+
+def _sizes(config: Config) -> dict[str, Any]:
+    """Of the images of all encoders; with one alone as positions were saved at first."""
+    # Lists, as JSON gives them back.
+    size = config.model.encoder.image_size
+    found = {"image_size": size if isinstance(size, int) else list(size)}
+    extra = [list(encoder.size) for encoder in config.model.extra_encoders]
+    return found | ({"extra_image_sizes": extra} if extra else {})
 
 
 def _require_supervision(batch: Batch, info: Info) -> None:

@@ -209,7 +209,8 @@ class Evaluator:
         self._write("samples/attention.json", json.dumps(rows))
 
     def _attended(self, split, examples, maps, answers) -> list[dict[str, Any]]:
-        grid = self.config.model.encoder.grid
+        model = self.config.model
+        grid = model.connector.pooled(model.encoders)[0] or model.encoder.grid
         references = [questions.reference(example) for example in examples]
         rights = scores.exact(answers, references)
         rows = []

@@ -20,6 +20,7 @@ from vlm_jax.data.packing import Info
 from vlm_jax.evaluation import devices
 from vlm_jax.evaluation.vision import Vision
 from vlm_jax.models import params as parameters
+from vlm_jax.models.sva import Visual
 from vlm_jax.models.vlm import target_weights
 
 CHUNK = 64  # text positions whose logits exist at once
@@ -69,7 +70,7 @@ def token_nats(
     model: configs.Model,
     params: Mapping[str, Array],
     batch: Batch,
-    visual: Float[Array, "B N Q D"],
+    visual: Float[Array, "B N Q D"] | Visual,
 ) -> Float[Array, "B T-1"]:
     """Weighted negative log-likelihood of each next token; 0 where nothing is supervised."""
     vlm = parameters.build(model, params)

@@ -21,6 +21,7 @@ from vlm_jax.evaluation import devices
 from vlm_jax.evaluation.vision import Vision
 from vlm_jax.models import params as parameters
 from vlm_jax.models import sampling
+from vlm_jax.models.sva import Visual
 from vlm_jax.presets.generation import Generation
 
 GREEDY = Generation()
@@ -95,7 +96,7 @@ class Predictor:
         attend = _compiled_attention(self.config.model)
         asked = [heldout.ask("", *_encoded(picture)) for picture in images]
         maps = [
-            devices.fetch(attend(self.params, devices.place(batch.images)))[:, 0]
+            devices.fetch(attend(self.params, devices.place(_all_images(batch))))[:, 0]
             for batch in heldout.prompt_batches(self.config, asked)
         ]
         return np.concatenate(maps)[: len(asked)].astype(np.float32)
@@ -170,7 +171,7 @@ def _compiled(model: configs.Model, ends: tuple[int, ...], options: Generation):
     def generate(
         params: Mapping[str, Array],
         batch: Batch,
-        visual: Float[Array, "B N Q D"],
+        visual: Float[Array, "B N Q D"] | Visual,
         numbers: Int[Array, " B"],
         seed: Int[Array, ""],
     ) -> Int[Array, "B new"]:
@@ -183,10 +184,16 @@ def _compiled(model: configs.Model, ends: tuple[int, ...], options: Generation):
 
 @functools.cache
 def _compiled_attention(model: configs.Model):
-    def attention(params: Mapping[str, Array], images: Images) -> Float[Array, "B N Q P"]:
+    def attention(
+        params: Mapping[str, Array], images: tuple[Images, ...]
+    ) -> Float[Array, "B N Q P"]:
         return parameters.build(model, params).attention_maps(images)
 
     return jax.jit(attention)
+
+
+def _all_images(batch: Batch) -> tuple[Images, ...]:
+    return batch.images, *batch.extra_images
 
 
 def _encoded(pictures: Picture | Sequence[Picture] | None) -> tuple[Image, ...]:

@@ -14,10 +14,15 @@ from jaxtyping import Array, Float
 
 from vlm_jax import config as configs
 from vlm_jax.batch import Batch, Images
+from vlm_jax.data import packing
 from vlm_jax.evaluation import devices
 from vlm_jax.models import params as parameters
+from vlm_jax.models.sva import Visual
+from vlm_jax.models.vlm import tokens_of
 
 MEMORY = 2 * 2**30  # bytes of visual tokens that are remembered
+
+Seen = Float[np.ndarray, "... Q D"] | Visual
 
 
 class Vision:
@@ -30,13 +35,14 @@ class Vision:
 
     def __init__(self, config: configs.Config, params: Mapping[str, Array]):
         self.config, self.params = config, params
-        self._known: dict[bytes, Float[np.ndarray, "Q D"]] = {}
+        self._known: dict[bytes, Seen] = {}
 
-    def inputs(self, batch: Batch) -> tuple[Batch, Float[Array, "B N Q D"]]:
+    def inputs(self, batch: Batch) -> tuple[Batch, Float[Array, "B N Q D"] | Visual]:
         """On the devices: the batch without its images, and their visual tokens."""
-        return devices.place((batch._replace(images=None, image_texts=None), self(batch)))
+        text = batch._replace(images=None, extra_images=(), image_texts=None)
+        return devices.place((text, self(batch)))
 
-    def __call__(self, batch: Batch) -> Float[np.ndarray, "B N Q D"]:
+    def __call__(self, batch: Batch) -> Seen:
         """What `vlm.visual` gives for the batch's images; zeros where there is none.
 
         N is always `data.images_per_row`, so that only the length of a batch decides which program
@@ -45,20 +51,22 @@ class Vision:
         model, data = self.config.model, self.config.data
         grids = np.asarray(batch.images.grids)
         rows, count = grids.shape[:2]
-        shape = (rows, max(count, data.images_per_row), model.visual_tokens, model.visual_width)
-        visual = np.zeros(shape, model.decoder.dtype)
+        shape = rows, max(count, data.images_per_row)
+        empty = lambda one: np.zeros((*shape, *one.shape[2:]), one.dtype)  # noqa: E731
+        visual = jax.tree.map(empty, _of_one_image(model))
         if data.images and count:
-            slots = _slots(batch.images, model.encoder.patches)
+            images = (batch.images, *batch.extra_images)
+            slots = tuple(map(_slots, images, model.encoders))
             places = list(zip(*np.nonzero(grids.any(axis=-1)), strict=True))
             names = {place: _name(slots, place[0] * count + place[1]) for place in places}
             self._remember(slots, {names[row, n]: row * count + n for row, n in places})
             for place, name in names.items():
-                visual[place] = self._known[name]
+                _put(visual, place, self._known[name])
         return visual
 
-    def _remember(self, slots: Images, wanted: Mapping[bytes, int]) -> None:
+    def _remember(self, slots: tuple[Images, ...], wanted: Mapping[bytes, int]) -> None:
         """Encodes the slots, by name, that are not known yet, in batches of one shape."""
-        if sum(tokens.nbytes for tokens in self._known.values()) > MEMORY:
+        if sum(leaf.nbytes for leaf in jax.tree.leaves(self._known)) > MEMORY:
             self._known.clear()
         new = [item for item in wanted.items() if item[0] not in self._known]
         rows = self.config.eval.rows
@@ -68,24 +76,45 @@ class Vision:
             repeated = np.resize(chosen, rows)
             images = jax.tree.map(lambda x, which=repeated: x[which], slots)
             visual = _compiled(self.config.model)(self.params, devices.place(images))
-            self._known.update(zip(names, devices.fetch(visual)[:, 0], strict=False))
+            visual = jax.tree.map(devices.fetch, visual)
+            for i, name in enumerate(names):
+                self._known[name] = jax.tree.map(lambda leaf, i=i: leaf[i, 0], visual)
 
 
 @functools.cache
 def _compiled(model: configs.Model):
-    """One compiled encoder for all parameters of a model."""
+    """What sees, compiled once for all parameters of a model."""
 
-    def encode(params: Mapping[str, Array], images: Images) -> Float[Array, "B N Q D"]:
-        return parameters.build(model, params).visual(images)
+    def encode(params: Mapping[str, Array], images: tuple[Images, ...]):
+        visual = parameters.build(model, params).visual(images)
+        tokens = tokens_of(visual).astype(model.decoder.dtype)
+        return visual._replace(tokens=tokens) if isinstance(visual, Visual) else tokens
 
     return jax.jit(encode)
 
 
-def _slots(images: Images, patches: int) -> Images:
+@functools.cache
+def _of_one_image(model: configs.Model):
+    """Shapes and dtypes of what is seen in a row of one image."""
+    sizes = {"rows": 1, "tokens": 1, "images": 1, "texts": 1}
+    shape = packing.Shape(**sizes, visual_tokens=model.visual_tokens, encoders=model.encoders)
+    batch = packing.assemble([], shape)
+    images = (batch.images, *batch.extra_images)
+    return jax.eval_shape(_compiled(model), parameters.abstract(model), images)
+
+
+def _put(whole: Seen, place: tuple[int, int], one: Seen) -> None:
+    """Writes what is seen in one image to its row and slot, in place."""
+    for leaf, known in zip(jax.tree.leaves(whole), jax.tree.leaves(one), strict=True):
+        leaf[place] = known
+
+
+def _slots(images: Images, encoder) -> Images:
     """Every image slot as a row of its own; slots own equal shares of a row's patches."""
     split = images._replace(grids=_flat(images.grids)[:, None])
     if images.pixels is not None:
         return split._replace(pixels=_flat(images.pixels)[:, None])
+    patches = encoder.patches
     return split._replace(
         patches=images.patches.reshape(-1, patches, images.patches.shape[-1]),
         patch_positions=images.patch_positions.reshape(-1, patches, 2),
@@ -98,7 +127,10 @@ def _flat(x: np.ndarray) -> np.ndarray:
     return x.reshape(-1, *x.shape[2:])
 
 
-def _name(slots: Images, slot: int) -> bytes:
-    """A digest of a slot's pixels."""
-    seen = slots.patches if slots.pixels is None else slots.pixels
-    return hashlib.blake2b(np.ascontiguousarray(seen[slot]), digest_size=16).digest()
+def _name(slots: tuple[Images, ...], slot: int) -> bytes:
+    """A digest of a slot's pixels, as all encoders see them."""
+    digest = hashlib.blake2b(digest_size=16)
+    for images in slots:
+        seen = images.patches if images.pixels is None else images.pixels
+        digest.update(np.ascontiguousarray(seen[slot]))
+    return digest.digest()

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from vlm_jax.batch import Batch
+from vlm_jax.models.sva import Visual
 from vlm_jax.models.vlm import VLM, attention_mask
 from vlm_jax.presets.generation import Generation
 
@@ -28,7 +29,7 @@ Ends = Sequence[int | Int[Array, ""]]
 def generate(
     vlm: VLM,
     batch: Batch,
-    visual: Float[Array, "B N Q D"] | None,
+    visual: Float[Array, "B N Q D"] | Visual | None,
     options: Generation,
     ends: Ends = (),
     keys: Key[Array, " B"] | None = None,
@@ -95,7 +96,7 @@ def _prefill(vlm: VLM, batch: Batch, visual, options: Generation):
         jnp.pad(attention_mask(batch), ((0, 0), (0, 0), (0, 0), (0, new))),
         cache,
         key_positions=jnp.pad(batch.positions, ((0, 0), (0, new))),
-        hook=vlm.hook(batch.image_index, cache=cache),
+        hook=vlm.hook(batch.image_index, visual, cache, batch.visual_index),
     )
     last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
     logits = vlm.unembed(last)[:, 0]

@@ -5,18 +5,44 @@ features of a window. After Cambrian-1 (Tong et al. 2024) and its code, vision_s
 """
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
+from vlm_jax.models.hooks import Hook
 from vlm_jax.models.joining import bilinear, regrid, with_newlines
 from vlm_jax.models.layers import Features, LayerNorm, Linear, Mlp, Stack, attend, drop
 from vlm_jax.models.stems import gather
 from vlm_jax.parallel.sharding import constrain
 from vlm_jax.presets.connectors import feature_grid
+from vlm_jax.presets.decoders import Decoder
+from vlm_jax.presets.sva import Samplers as Between
 from vlm_jax.presets.sva import Sva as Preset
+
+
+class Windows(NamedTuple):
+    """What samplers look at.
+
+    Attributes:
+      context: what an image holds as a whole: the mean of the first encoder's features.
+      features: of every encoder, what lies at each query's place.
+      mask: True where something is to be seen, over the windows of all encoders one after the
+        other; None = everywhere.
+    """
+
+    context: Float[Array, "... W"]
+    features: tuple[Float[Array, "... Q K W"], ...]
+    mask: Bool[Array, "... Q allK"] | None = None
+
+
+class Visual(NamedTuple):
+    """Visual tokens, with what the samplers between decoder layers look at."""
+
+    tokens: Float[Array, "B N Q D"]
+    windows: Windows
 
 
 class Source(nnx.Module):
@@ -83,12 +109,12 @@ class SamplerBlock(nnx.Module):
 
 
 class Sampler(nnx.Module):
-    """Layers by which queries gather what their windows hold; also used between decoder layers.
+    """Layers by which queries gather what their windows hold.
 
     Args:
       preset: inner width, heads, windows and epsilons are read.
       width: of the queries.
-      layers: how many; Cambrian's in its decoder have one each.
+      layers: how many.
       rngs: where initial parameters are drawn from.
     """
 
@@ -96,27 +122,70 @@ class Sampler(nnx.Module):
         make = lambda rngs: SamplerBlock(preset, width, rngs)  # noqa: E731
         self.stack = Stack(make, layers, remat=preset.remat, rngs=rngs)
 
-    def __call__(
-        self,
-        queries: Float[Array, "n Q D"],
-        context: Float[Array, "n W"],
-        windows: tuple[Float[Array, "n Q K W"], ...],
-        mask: Bool[Array, "n Q allK"] | None = None,
-    ) -> Float[Array, "n Q D"]:
-        """Queries that have looked.
-
-        Args:
-          queries: of a grid, row by row.
-          context: what the image holds as a whole.
-          windows: of every encoder, what lies at each query's place.
-          mask: True where one may look, over the windows one after the other.
-        """
+    def __call__(self, queries: Float[Array, "n Q D"], windows: Windows) -> Float[Array, "n Q D"]:
+        """Queries, of a grid and row by row, that have looked."""
 
         def apply(block, queries, _, key):
-            return block(queries, context, windows, mask), None
+            return block(queries, *windows), None
 
         queries, _ = self.stack(apply, queries)
         return queries
+
+
+class Samplers(nnx.Module):
+    """Blocks between the layers of a decoder, by which visual tokens go on looking at images.
+
+    After Cambrian's cambrian_llama.py, where an image has one place in all prompts; here its visual
+    tokens stand where `Batch.visual_index` says, each at one place.
+
+    Args:
+      samplers: where they stand.
+      preset: of the connector, whose windows they look at.
+      decoder: its width and whether it recomputes activations are read, and its dtype is used.
+      rngs: where initial parameters are drawn from.
+    """
+
+    def __init__(self, samplers: Between, preset: Preset, decoder: Decoder, rngs: nnx.Rngs):
+        self.samplers, self.preset, self.dtype = samplers, preset, decoder.dtype
+        make = lambda rngs: SamplerBlock(preset, decoder.width, rngs)  # noqa: E731
+        self.stack = Stack(make, samplers.count, remat=decoder.remat, rngs=rngs)
+
+    def hook(self, visual_index: Int[Array, "B T"], windows: Windows) -> Hook:
+        """The blocks in their places.
+
+        Args:
+          visual_index: which visual token of its row stands at a position, -1 = none.
+          windows: of every image slot, [B, N, ...].
+        """
+        rows, images = windows.context.shape[:2]
+        flat = lambda x: x.reshape(rows * images, *x.shape[2:])  # noqa: E731
+        context, features, mask = jax.tree.map(flat, windows)
+        context, features = jax.tree.map(lambda x: x.astype(self.dtype), (context, features))
+        query = self._queries(visual_index)
+        places = _places(query, images * self.preset.side**2)
+
+        def apply(block, x, _, key):
+            queries = jnp.take_along_axis(x, places[..., None], axis=1)
+            queries = queries.reshape(rows * images, -1, x.shape[-1])
+            queries = block(queries, context, features, mask).reshape(rows, -1, x.shape[-1])
+            looked = jnp.take_along_axis(queries, jnp.maximum(query, 0)[..., None], axis=1)
+            return jnp.where(query[..., None] >= 0, looked, x)
+
+        return Hook(self.stack, self.samplers.start + 1, self.samplers.stride, apply)
+
+    def _queries(self, visual_index: Int[Array, "B T"]) -> Int[Array, "B T"]:
+        """Which query of all images of its row stands at a position; -1 = none, or a newline."""
+        side, newline = self.preset.side, self.preset.newline
+        line, column = jnp.divmod(visual_index, side + newline)
+        return jnp.where((visual_index >= 0) & (column < side), line * side + column, -1)
+
+
+def _places(query: Int[Array, "B T"], count: int) -> Int[Array, "B NQ"]:
+    """At which position each of so many queries stands, 0 for those that stand nowhere."""
+    rows, positions = query.shape
+    beyond = jnp.where(query >= 0, query, count)
+    places = jnp.zeros((rows, count), jnp.int32)
+    return places.at[jnp.arange(rows)[:, None], beyond].set(jnp.arange(positions), mode="drop")
 
 
 class Aux(nnx.Module):
@@ -151,27 +220,29 @@ class Sva(nnx.Module):
     def __call__(
         self, seen: tuple[Features, ...], texts=None, key: Array | None = None
     ) -> Float[Array, "n Q D"]:
+        return self.tokens(self.windows(seen), key)
+
+    def tokens(self, windows: Windows, key: Array | None = None) -> Float[Array, "n Q D"]:
+        """Visual tokens of images by what their windows hold."""
         preset = self.preset
-        context, windows, mask = self.windows(seen)
         queries = self.query[...].astype(preset.dtype)
-        queries = jnp.broadcast_to(queries, (len(context), preset.side**2, preset.width))
-        x = self.sampler(queries, context, windows, mask)
+        queries = jnp.broadcast_to(queries, (len(windows.context), preset.side**2, preset.width))
+        x = self.sampler(queries, windows)
         first, second = self.layers
         x = second(jax.nn.gelu(first(x), approximate=False))
         if self.newline is not None:
             x = with_newlines(x, self.newline[...], preset.side)
         return drop(x, preset.dropout, key)
 
-    def windows(self, seen: tuple[Features, ...]):
-        """What samplers look at: the image as a whole (the mean of the first encoder's features),
-        the windows of every encoder, and where something is to be seen in them (or None)."""
+    def windows(self, seen: tuple[Features, ...]) -> Windows:
+        """What samplers look at."""
         found = [self._projected(i, features) for i, features in enumerate(seen)]
         context = found[0].mean(axis=1)
         windows = tuple(_windows(x, self.preset.side) for x in found)
         if all(features.mask is None for features in seen):
-            return context, windows, None
+            return Windows(context, windows)
         masks = [self._visible(i, features) for i, features in enumerate(seen)]
-        return context, windows, jnp.concatenate(masks, axis=-1)
+        return Windows(context, windows, jnp.concatenate(masks, axis=-1))
 
     def _projected(self, i: int, features: Features) -> Float[Array, "n P W"]:
         side, grid = self.preset.sides[i], feature_grid(self.encoders[i])

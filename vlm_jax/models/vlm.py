@@ -12,6 +12,7 @@ from vlm_jax.models.decoder import Cache, LanguageModel
 from vlm_jax.models.hooks import Hook
 from vlm_jax.models.layers import Features
 from vlm_jax.models.sam import SamEncoder
+from vlm_jax.models.sva import Samplers, Visual
 from vlm_jax.models.vit import Vit
 
 # Encoders by the kind that presets name.
@@ -39,6 +40,9 @@ class VLM(nnx.Module):
         self.connector = None if model.connector is None else _connector(model, rngs)
         decoder = model.decoder
         self.decoder = None if decoder is None else LanguageModel(decoder, rngs, model.fusion)
+        between = model.samplers
+        make = lambda: Samplers(between, model.connector, decoder, rngs)  # noqa: E731
+        self.samplers = None if between is None else make()
 
     def features(
         self, images: tuple[Images, ...], dropout: Array | None = None
@@ -55,8 +59,10 @@ class VLM(nnx.Module):
         images: Images | tuple[Images, ...],
         dropout: Array | None = None,
         texts: Int[Array, "B N S"] | None = None,
-    ) -> Float[Array, "B N Q D"]:
+    ) -> Float[Array, "B N Q D"] | Visual:
         """Visual tokens of every image slot; what an empty slot holds is never looked at.
+
+        With samplers between the decoder's layers, also what these look at.
 
         Args:
           images: as each encoder takes them, a tuple where there are several.
@@ -66,46 +72,64 @@ class VLM(nnx.Module):
         keys = (None, None) if dropout is None else jax.random.split(dropout)
         images = (images,) if isinstance(images, Images) else images
         slots = images[0].grids.shape[:2]
-        texts = None if texts is None else texts.reshape(-1, texts.shape[-1])
-        visual = self.connector(self.features(images, keys[0]), texts, keys[1])
-        return visual.reshape(*slots, *visual.shape[1:])
+        features = self.features(images, keys[0])
+        if self.samplers is not None:
+            windows = self.connector.windows(features)
+            visual = Visual(self.connector.tokens(windows, keys[1]), windows)
+        else:
+            texts = None if texts is None else texts.reshape(-1, texts.shape[-1])
+            visual = self.connector(features, texts, keys[1])
+        return jax.tree.map(lambda x: x.reshape(*slots, *x.shape[1:]), visual)
 
     def hidden(
-        self, batch: Batch, visual: Float[Array, "B N Q D"] | None, dropout: Array | None = None
+        self,
+        batch: Batch,
+        visual: Float[Array, "B N Q D"] | Visual | None,
+        dropout: Array | None = None,
     ) -> Float[Array, "B T D"]:
         """Hidden states of the decoder; `visual` is None where no token stands for an image."""
         x = self.fuse(batch, visual)
-        hook = self.hook(batch.image_index, visual)
+        hook = self.hook(batch.image_index, visual, visual_index=batch.visual_index)
         x, _ = self.decoder(x, batch.positions, attention_mask(batch), key=dropout, hook=hook)
         return x
 
     def hook(
         self,
         image_index: Int[Array, "B T"],
-        visual: Float[Array, "B N Q D"] | None = None,
+        visual: Float[Array, "B N Q D"] | Visual | None = None,
         cache: Cache | None = None,
+        visual_index: Int[Array, "B T"] | None = None,
     ) -> Hook | None:
         """What stands between the decoder's layers, given which image each token looks at.
 
         With a cache from `empty_cache`, its keys and values of visual tokens are looked at.
+        Samplers need `visual` and `visual_index`, without which no visual token is among the
+        tokens.
         """
+        if self.samplers is not None and visual is not None and visual_index is not None:
+            return self.samplers.hook(visual_index, visual.windows)
         if self.decoder.cross is None:
             return None
         seen = None if cache is None else cache.seen
         return self.decoder.cross.hook(image_index, visual, seen)
 
-    def empty_cache(self, rows: int, slots: int, visual: Float[Array, "B N Q D"] | None) -> Cache:
+    def empty_cache(
+        self, rows: int, slots: int, visual: Float[Array, "B N Q D"] | Visual | None
+    ) -> Cache:
         """The decoder's cache for `slots` positions, with what cross-attention looks at."""
         cache = self.decoder.empty_cache(rows, slots)
         if self.decoder.cross is None or visual is None:
             return cache
         return cache._replace(seen=self.decoder.cross.project(visual))
 
-    def fuse(self, batch: Batch, visual: Float[Array, "B N Q D"] | None) -> Float[Array, "B T D"]:
+    def fuse(
+        self, batch: Batch, visual: Float[Array, "B N Q D"] | Visual | None
+    ) -> Float[Array, "B T D"]:
         """The sequence the decoder reads: embeddings, and visual tokens where they stand."""
         x = self.decoder.embed(batch.tokens)
         if visual is None or not self.visual_in_sequence:
             return x
+        visual = tokens_of(visual)
         visual = visual.reshape(visual.shape[0], -1, visual.shape[-1]).astype(x.dtype)
         index = batch.visual_index
         gathered = jnp.take_along_axis(visual, jnp.maximum(index, 0)[..., None], axis=1)
@@ -115,15 +139,21 @@ class VLM(nnx.Module):
         """Float32 logits of hidden states."""
         return self.decoder.unembed(hidden)
 
-    def attention_maps(self, images: Images) -> Float[Array, "B N Q P"]:
+    def attention_maps(self, images: Images | tuple[Images, ...]) -> Float[Array, "B N Q P"]:
         """Where each visual token of a Perceiver looks; see `Perceiver.attention_maps`."""
-        maps = self.connector.attention_maps(self.features((images,)))
-        return maps.reshape(*images.grids.shape[:2], *maps.shape[1:])
+        images = (images,) if isinstance(images, Images) else images
+        maps = self.connector.attention_maps(self.features(images))
+        return maps.reshape(*images[0].grids.shape[:2], *maps.shape[1:])
 
 
 def _connector(model, rngs: nnx.Rngs) -> nnx.Module:
     make = CONNECTORS[model.connector.kind]
     return make(model.connector, model.encoders, model.visual_width, rngs)
+
+
+def tokens_of(visual: Float[Array, "B N Q D"] | Visual) -> Float[Array, "B N Q D"]:
+    """The visual tokens alone of what `VLM.visual` gives."""
+    return visual.tokens if isinstance(visual, Visual) else visual
 
 
 def attention_mask(batch: Batch) -> Bool[Array, "B 1 T T"]:

@@ -72,5 +72,42 @@ class Sva:
                 yield "sides", "encoders whose features form grids"
 
 
+@dataclasses.dataclass(frozen=True)
+class Samplers:
+    """Cambrian's samplers inside the decoder: its connector's block, once more, between layers.
+
+    After some layers the hidden states of an image's visual tokens look at the windows that the
+    connector's queries looked at; a newline token does not. Sizes are those of the connector.
+
+    Attributes:
+      start: layer, counted from 0, after which the first stands.
+      stride: layers from one to the next.
+      count: how many there are.
+    """
+
+    start: int
+    stride: int
+    count: int
+    kind: str = "samplers"
+
+    CHOICES: ClassVar = {"kind": ("samplers",)}
+
+    def problems(self, depth: int) -> Iterator[tuple[str, str]]:
+        """Fields that contradict others or the decoder's depth, each with what was expected."""
+        if self.stride < 1:
+            yield "stride", "at least 1"
+        if self.start < 0:
+            yield "start", "at least 0"
+        if self.count < 1 or self.start + (self.count - 1) * self.stride >= depth:
+            yield "count", f"at least 1, and none after the last of the decoder's {depth} layers"
+
+
 # Cambrian-1: SigLIP, CLIP and DINOv2 at 24 x 24 and ConvNeXt-XXL at 96 x 96.
 CAMBRIAN = Sva(sides=(24, 24, 24, 96))
+
+# Inside its decoders, by their size.
+CAMBRIAN_SAMPLERS = {
+    "8b": Samplers(start=0, stride=3, count=10),
+    "13b": Samplers(start=0, stride=4, count=10),
+    "34b": Samplers(start=0, stride=7, count=9),
+}

@@ -28,6 +28,7 @@ class Tower:
       context: tokens a token looks at.
       width, mlp, heads, depth, remat: of its preset.
       item: bytes of a number in its computation.
+      lowest: whether it reads images, so that no other tower is below it.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Tower:
     depth: int
     remat: bool
     item: int
+    lowest: bool = False
 
     @property
     def residual(self) -> float:
@@ -122,11 +124,12 @@ def _bytes(tree) -> int:
 
 def _activations(config: Config, plan: Plan, mesh: Mapping[str, int]) -> float:
     rows = math.ceil(config.data.rows / (mesh["data"] * mesh["fsdp"]))
-    total, trained = 0.0, False
+    total, below = 0.0, False
     for tower in _towers(config, rows, mesh["tensor"]):
         # Gradients flow through a tower where anything trains in it or below it.
-        trained = trained or any(path.startswith(f"{tower.name}/") for path in plan.lr)
-        total += tower.activations(trained)
+        own = any(path.startswith(f"{tower.name}/") for path in plan.lr)
+        total += tower.activations(own or (below and not tower.lowest))
+        below = below or own
     vocab = config.model.decoder.tokens / mesh["tensor"]
     logits_and_gradient = 2 * rows * config.data.tokens * vocab * FLOAT32
     return total + logits_and_gradient
@@ -135,22 +138,24 @@ def _activations(config: Config, plan: Plan, mesh: Mapping[str, int]) -> float:
 def _towers(config: Config, rows: int, tensor: int) -> Iterator[Tower]:
     """The towers that a step runs, from the pixels up."""
     model, data = config.model, config.data
-    encoder, connector, decoder = model.encoder, model.connector, model.decoder
+    connector, decoder = model.connector, model.decoder
     item = lambda preset: jnp.dtype(preset.dtype).itemsize  # noqa: E731
     if data.images:
-        for length, context, width, mlp, heads, depth in encoder.runs:
-            yield Tower(
-                "encoder",
-                sequences=rows * data.images_per_row,
-                length=length,
-                context=context,
-                width=width,
-                mlp=mlp / tensor,
-                heads=heads / tensor,
-                depth=depth,
-                remat=encoder.remat,
-                item=item(encoder),
-            )
+        for i, encoder in enumerate(model.encoders):
+            for length, context, width, mlp, heads, depth in encoder.runs:
+                yield Tower(
+                    f"extra_encoders/{i - 1}" if i else "encoder",
+                    sequences=rows * data.images_per_row,
+                    length=length,
+                    context=context,
+                    width=width,
+                    mlp=mlp / tensor,
+                    heads=heads / tensor,
+                    depth=depth,
+                    remat=encoder.remat,
+                    item=item(encoder),
+                    lowest=True,
+                )
         work = connector.work(model.encoders, model.visual_width)
         yield Tower(
             "connector",
@@ -164,6 +169,19 @@ def _towers(config: Config, rows: int, tensor: int) -> Iterator[Tower]:
             remat=work.remat,
             item=item(connector),
         )
+        if model.samplers is not None:
+            yield Tower(
+                "samplers",
+                sequences=rows * data.images_per_row,
+                length=work.length,
+                context=work.context,
+                width=work.width,
+                mlp=work.mlp / tensor,
+                heads=work.heads / tensor,
+                depth=model.samplers.count,
+                remat=decoder.remat,
+                item=item(decoder),
+            )
     if model.fusion is not None:
         fusion = model.fusion
         yield Tower(

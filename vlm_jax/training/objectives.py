@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.batch import Batch
 from vlm_jax.config import Config
-from vlm_jax.models.vlm import VLM, target_weights
+from vlm_jax.models.vlm import VLM, target_weights, tokens_of
 
 Sums = dict[str, Array]
 
@@ -46,11 +46,12 @@ def losses(
         "positions": jnp.asarray(batch.segments.size),
         "images": jnp.sum(batch.images.grids[..., 0] > 0),
     }
-    if config.train.contrastive and visual is not None:
-        apart, apart_sums = contrastive(visual, batch.image_texts, config.train.temperature)
+    tokens = None if visual is None else tokens_of(visual)
+    if config.train.contrastive and tokens is not None:
+        apart, apart_sums = contrastive(tokens, batch.image_texts, config.train.temperature)
         loss, sums = loss + config.train.contrastive * apart, sums | apart_sums
-    if config.train.bag_of_words and visual is not None:
-        words, words_sums = bag_of_words(vlm, visual, batch.image_texts)
+    if config.train.bag_of_words and tokens is not None:
+        words, words_sums = bag_of_words(vlm, tokens, batch.image_texts)
         loss, sums = loss + config.train.bag_of_words * words, sums | words_sums
     return loss, sums
 

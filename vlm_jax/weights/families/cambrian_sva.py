@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlm_jax.errors import ConfigError
-from vlm_jax.presets.sva import Sva
+from vlm_jax.presets.sva import Samplers, Sva
 from vlm_jax.weights.families.connector_settings import setting
 from vlm_jax.weights.tables import Row, linear, norm, placed
 
-# The samplers between decoder layers are the decoder's.
+# The samplers between decoder layers are no part of the connector: see `between`.
 CARRIED = (r"vision_sampler_layers\..*",)
 
 
@@ -29,6 +29,16 @@ def rows(preset: Sva) -> list[Row]:
 
 def sampler(preset: Sva) -> list[Row]:
     """The table of a `Sampler`, names as within their VisionTokenSampler."""
+    return placed(_block(preset), "stack/blocks/", "layers.{}.")
+
+
+def between(preset: Sva) -> list[Row]:
+    """The table of a model's `samplers`: their VisionTokenSamplers have one layer each."""
+    names = "samplers/stack/blocks/", "vision_sampler_layers.{}.layers.0."
+    return placed(_block(preset), *names)
+
+
+def _block(preset: Sva) -> list[Row]:
     block = linear("context", "proj_context", bias=False)
     block += linear("embed", "proj_in", bias=False) + norm("norm", "norm")
     block += linear("mlp/up", "proj_out.linear_1", bias=False)
@@ -44,7 +54,7 @@ def sampler(preset: Sva) -> list[Row]:
             theirs = f"cross_attn.{name[0]}_proj_{i}"
             block += norm(f"{ours}/{name}_norm", f"{theirs}.0")
             block += linear(f"{ours}/{name}", f"{theirs}.1", bias=False)
-    return placed(block, "stack/blocks/", "layers.{}.")
+    return block
 
 
 def read(hf: Mapping[str, Any]) -> Sva:
@@ -69,6 +79,20 @@ def read(hf: Mapping[str, Any]) -> Sva:
     )
 
 
+def read_samplers(hf: Mapping[str, Any]) -> Samplers | None:
+    """The samplers between decoder layers of a config.json."""
+    if hf["connector_only"]:
+        return None
+    return Samplers(**{field: hf[name] for field, name in _SAMPLERS.items()})
+
+
+_SAMPLERS = {
+    "start": "start_of_vision_sampler_layers",
+    "stride": "stride_of_vision_sampler_layers",
+    "count": "num_of_vision_sampler_layers",
+}
+
+
 def _side(length: int) -> int:
     side = math.isqrt(length)
     if side**2 != length:
@@ -87,3 +111,11 @@ def write(preset: Sva) -> dict[str, Any]:
         "vision_hidden_size": preset.width,
         "connector_depth": preset.layers,
     }
+
+
+def write_samplers(samplers: Samplers | None) -> dict[str, Any]:
+    """The fields of config.json that speak of the samplers between decoder layers."""
+    if samplers is None:
+        return {"connector_only": True}
+    found = {name: getattr(samplers, field) for field, name in _SAMPLERS.items()}
+    return {"connector_only": False} | found
