@@ -25,6 +25,7 @@ from vlm_jax.presets.mapping import Mapping as MappingNetwork
 from vlm_jax.presets.qformer import QFormer
 from vlm_jax.presets.sam import Sam
 from vlm_jax.presets.sva import Sva
+from vlm_jax.presets.text import TextTower
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Model:
       extra_encoders: further encoders that look at the same images.
       fusion: gated cross-attention between the decoder's layers; None = visual tokens stand in the
         sequence and nothing else (autoregressive).
+      text: what embeds texts beside the encoder's images (CLIP, SigLIP).
     """
 
     encoder: Encoder | ConvNet | Sam | None = None
@@ -47,6 +49,7 @@ class Model:
     decoder: Decoder | None = None
     extra_encoders: tuple[Encoder | ConvNet | Sam, ...] = ()
     fusion: CrossAttention | None = None
+    text: TextTower | None = None
 
     @property
     def encoders(self) -> tuple[Encoder | ConvNet | Sam, ...]:
@@ -534,6 +537,10 @@ def check_model(model: Model, longest: int = 0) -> None:
         _require(model.decoder is not None, "model.decoder", None, "what stands around the fusion")
         problems = model.fusion.problems(model.decoder.width, model.decoder.depth)
         _check_preset(model.fusion, "model.fusion", problems)
+    if model.text is not None:
+        _require(model.encoder is not None, "model.encoder", None, "what texts are compared with")
+        problems = model.text.problems(model.encoder.features)
+        _check_preset(model.text, "model.text", problems)
 
 
 def _check_preset(preset: Any, path: str, problems: typing.Iterable[tuple[str, str]]) -> None:

@@ -1,4 +1,7 @@
-"""Tiny towers of transformers that are published alone: fields of cases of published.py."""
+"""Tiny towers of transformers that are published without a decoder, alone or in pairs.
+
+Fields of cases of published.py.
+"""
 
 from collections.abc import Callable
 
@@ -167,3 +170,57 @@ CASES = {
         pictures(20, 20),
     ),
 }  # fmt: skip
+
+
+def with_texts(
+    seen: Callable[[np.random.Generator], Arrays], vocab: int, end: int, mask: bool = True
+) -> Callable[[np.random.Generator], Arrays]:
+    """Three texts of unequal length beside pictures; what follows an end is padding."""
+
+    def make(rng: np.random.Generator) -> Arrays:
+        tokens = rng.integers(3, vocab - 2, (3, 7))
+        length = np.asarray([7, 4, 5])
+        tokens[np.arange(3), length - 1] = end
+        there = np.arange(7) < length[:, None]
+        tokens[~there] = end  # CLIP pads so: it is the first that counts
+        masks = {"attention_mask": there.astype(np.int64)} if mask else {}
+        return {"input_ids": tokens, **masks, **seen(rng)}
+
+    return make
+
+
+_TEXT = SIZES | {"hidden_size": 10, "num_attention_heads": 5, "intermediate_size": 17}
+_TEXT |= {"num_hidden_layers": 3, "vocab_size": 23, "max_position_embeddings": 9}
+_VISION = SIZES | {"image_size": 12, "patch_size": 4}
+
+
+def _clip(end: int, inputs, **fields) -> dict:
+    text = _TEXT | {"eos_token_id": end, "bos_token_id": 1, **fields}
+    config = transformers.CLIPConfig(text_config=text, vision_config=_VISION, projection_dim=7)
+    return _case(config, inputs)
+
+
+def _siglip(config: type, vision: dict, inputs, **fields) -> dict:
+    text = _TEXT | {"eos_token_id": 1, "bos_token_id": 1, **fields}
+    return _case(config(text_config=text, vision_config=vision), inputs)
+
+
+PAIRS = {
+    "clip": _clip(21, with_texts(pictures(12, 12), 23, 21)),
+    "clip_legacy": _clip(
+        2, with_texts(pictures(9, 18, **_RESIZE), 23, 22, mask=False), hidden_act="gelu"
+    ),
+    "siglip": _siglip(
+        transformers.SiglipConfig,
+        _VISION,
+        with_texts(pictures(8, 16, **_RESIZE), 23, 1, mask=False),
+        projection_size=12,
+    ),
+    "siglip2": _siglip(
+        transformers.Siglip2Config,
+        SIZES | {"num_patches": 16, "patch_size": 3},
+        with_texts(naflex(3, 17), 23, 1),
+        hidden_size=12,
+        num_attention_heads=2,
+    ),
+}

@@ -51,7 +51,7 @@ def make(case: Case, seed: int = 0) -> torch.nn.Module:
     rng = np.random.default_rng(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            noise = 0.3 * rng.normal(size=parameter.shape).astype(np.float32)
+            noise = np.asarray(0.3 * rng.normal(size=parameter.shape).astype(np.float32))
             parameter.copy_(torch.from_numpy(noise) + (parameter == 1).all())
     return model.float().eval()
 
@@ -261,4 +261,7 @@ CASES = {
 CASES |= {
     name: Case(**fields, generates=False, output="last_hidden_state")
     for name, fields in alone_cases.CASES.items()
+} | {
+    name: Case(**fields, generates=False, output="logits_per_image")
+    for name, fields in alone_cases.PAIRS.items()
 }

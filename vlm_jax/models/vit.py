@@ -138,6 +138,8 @@ class Vit(nnx.Module):
         encoder = self.encoder
         x, mask = self._run(images, key)
         before = encoder.class_token + encoder.registers
+        if encoder.pool == "class":
+            return Features(self._normed(x[:, :1]))
         first = x[:, : encoder.keep_class]
         x = self._normed(jnp.concatenate([first, x[:, before:]], axis=1))
         mask = _looked_at(mask, int(encoder.keep_class))

@@ -12,6 +12,7 @@ from vlm_jax.models.decoder import Cache, LanguageModel
 from vlm_jax.models.hooks import Hook
 from vlm_jax.models.layers import Features
 from vlm_jax.models.sam import SamEncoder
+from vlm_jax.models.text import Text
 from vlm_jax.models.vit import Vit
 
 # Encoders by the kind that presets name.
@@ -26,6 +27,8 @@ ENCODERS = {
 class VLM(nnx.Module):
     """Encoders, a connector and a decoder that reads or looks at visual tokens; any may be absent.
 
+    Or an encoder and a text tower, whose embeddings are compared.
+
     Args:
       model: a `config.Model`.
       rngs: where initial parameters are drawn from.
@@ -39,6 +42,8 @@ class VLM(nnx.Module):
         self.connector = None if model.connector is None else _connector(model, rngs)
         decoder = model.decoder
         self.decoder = None if decoder is None else LanguageModel(decoder, rngs, model.fusion)
+        text = model.text
+        self.text = None if text is None else Text(text, model.encoder.features[1], rngs)
 
     def features(
         self, images: tuple[Images, ...], dropout: Array | None = None
@@ -69,6 +74,18 @@ class VLM(nnx.Module):
         texts = None if texts is None else texts.reshape(-1, texts.shape[-1])
         visual = self.connector(self.features(images, keys[0]), texts, keys[1])
         return visual.reshape(*slots, *visual.shape[1:])
+
+    def similarity(
+        self,
+        images: Images,
+        tokens: Int[Array, "m T"],
+        there: Bool[Array, "m T"],
+        dropout: Array | None = None,
+    ) -> Float[Array, "n m"]:
+        """Logits of every image with every text; `there` is False for padding."""
+        keys = (None, None) if dropout is None else jax.random.split(dropout)
+        seen = self.text.images(self.encoder(images, keys[0]))
+        return self.text.similarity(seen, self.text(tokens, there, keys[1]))
 
     def hidden(
         self, batch: Batch, visual: Float[Array, "B N Q D"] | None, dropout: Array | None = None

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from vlm_jax import config as configs
 from vlm_jax.batch import Images
+from vlm_jax.errors import DataError
 from vlm_jax.models import params, sampling
 from vlm_jax.models.vit import Vit
 from vlm_jax.presets.convnets import ConvNet
@@ -23,7 +24,7 @@ from vlm_jax.weights import inputs, pictures, registry, store
 def run(
     stored: store.Stored, arrays: inputs.Arrays, new_tokens: int = 0, beams: int = 1
 ) -> dict[str, np.ndarray]:
-    """Logits of a prompt and greedy tokens after it, or an encoder's features, in float32.
+    """Logits of a prompt and greedy tokens after it, or what else there is, in float32.
 
     Args:
       stored: the model.
@@ -32,7 +33,8 @@ def run(
       beams: hypotheses of a beam search; 1 = greedy.
 
     Returns:
-      `logits` [B, T, V] and with new_tokens `tokens` [B, new_tokens]; or `last_hidden_state`.
+      `logits` [B, T, V] and with new_tokens `tokens` [B, new_tokens]; of an encoder alone
+      `last_hidden_state`, of a contrastive pair `logits_per_image` and `logits_per_text`.
 
     Raises:
       ConfigError, DataError: the arrays are not what the model takes.
@@ -41,6 +43,9 @@ def run(
     known = registry.family(stored.family)
     places = dict.fromkeys(params.abstract(model), jax.sharding.SingleDeviceSharding(_device()))
     leaves = store.load(stored, places, dict.fromkeys(places, np.float32))
+    if model.text is not None:
+        seen = known.inputs(model, stored.published, arrays)
+        return _similarities(model, leaves, seen)
     if model.decoder is None:
         seen = known.inputs(model, stored.published, arrays)
         return {"last_hidden_state": _features(model, leaves, seen)}
@@ -82,6 +87,22 @@ def _features(
         return STATES[preset.kind](params.build(model, leaves).encoder, preset, images)
 
     return np.asarray(jax.jit(run)(leaves, seen.images))
+
+
+def _similarities(
+    model: configs.Model, leaves: Mapping[str, Array], seen: pictures.Seen
+) -> dict[str, np.ndarray]:
+    model = dataclasses.replace(model, encoder=seen.encoder)
+    if seen.tokens.shape[1] > model.text.length:
+        raise DataError(
+            f"input_ids are {seen.tokens.shape[1]} long; the model takes {model.text.length}"
+        )
+
+    def run(leaves, seen):
+        return params.build(model, leaves).similarity(*seen)
+
+    logits = np.asarray(jax.jit(run)(leaves, (seen.images, seen.tokens, seen.mask)))
+    return {"logits_per_image": logits, "logits_per_text": logits.T}
 
 
 def _answers(

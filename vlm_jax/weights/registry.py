@@ -9,8 +9,16 @@ from typing import Any
 from vlm_jax.config import Model
 from vlm_jax.errors import ConfigError
 from vlm_jax.weights import inputs, pictures, towers
-from vlm_jax.weights.families import big_vision, convnext, llava, pix2struct_vision_model
-from vlm_jax.weights.families import sam_vision_model as sam
+from vlm_jax.weights.families import (
+    big_vision,
+    clip,
+    convnext,
+    llava,
+    pix2struct_vision_model,
+    sam_vision_model,
+    siglip,
+    siglip2,
+)
 from vlm_jax.weights.tables import Row, placed
 
 
@@ -109,6 +117,9 @@ FAMILIES = {
     "mpt": _decoder("mpt", "MptForCausalLM"),
     "gpt_neox": _decoder("gpt_neox", "GPTNeoXForCausalLM", ((r"^embed_out\.", "lm_head."),)),
     "llava": _system(llava),
+    "clip": _system(clip),
+    "siglip": _system(siglip),
+    "siglip2": _system(siglip2),
 }
 # transformers 5 saves these without the prefix of published files.
 VISION = ((r"^(?!vision_model\.|visual_projection\.)", "vision_model."),)
@@ -140,7 +151,7 @@ _MODULES = towers.ENCODERS | {
     "pix2struct_vision_model": pix2struct_vision_model,
     "convnext": convnext,
     "convnextv2": convnext,
-    "sam_vision_model": sam,
+    "sam_vision_model": sam_vision_model,
 }
 FAMILIES |= {
     name: _encoder(name, architecture, _MODULES[name], way, renames)
