@@ -190,7 +190,7 @@ def with_texts(
 
 
 _TEXT = SIZES | {"hidden_size": 10, "num_attention_heads": 5, "intermediate_size": 17}
-_TEXT |= {"num_hidden_layers": 3, "vocab_size": 23, "max_position_embeddings": 9}
+_TEXT |= {"vocab_size": 23, "max_position_embeddings": 9}
 _VISION = SIZES | {"image_size": 12, "patch_size": 4}
 
 

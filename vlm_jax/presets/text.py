@@ -108,10 +108,6 @@ PUBLISHED = {
     "clip-l14-336": TextTower(width=768, depth=12, mlp=3072, heads=12, out=768, **OPENAI),
     "openclip-h14": TextTower(width=1024, depth=24, mlp=4096, heads=16, out=1024, **OPENCLIP),
     "siglip-b16": TextTower(width=768, depth=12, mlp=3072, heads=12, out=768, **SIGLIP),
-    "siglip-so400m14-378": TextTower(
-        width=1152, depth=27, mlp=4304, heads=16, out=1152, **SIGLIP
-    ),
-    "siglip2-naflex-b16": TextTower(
-        width=768, depth=12, mlp=3072, heads=12, out=768, **SIGLIP2
-    ),
+    "siglip-so400m14-378": TextTower(width=1152, depth=27, mlp=4304, heads=16, out=1152, **SIGLIP),
+    "siglip2-naflex-b16": TextTower(width=768, depth=12, mlp=3072, heads=12, out=768, **SIGLIP2),
 }

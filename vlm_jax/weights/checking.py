@@ -77,9 +77,7 @@ def _maps(encoder: nnx.Module, preset: ConvNet | Sam, images: Images) -> Float[A
 STATES = {"vit": _tokens, "convnext": _maps, "sam": _maps}
 
 
-def _features(
-    model: configs.Model, leaves: Mapping[str, Array], seen: pictures.Seen
-) -> np.ndarray:
+def _features(model: configs.Model, leaves: Mapping[str, Array], seen: pictures.Seen) -> np.ndarray:
     preset = seen.encoder
     model = dataclasses.replace(model, encoder=preset)
 

@@ -109,7 +109,9 @@ def _flattened(encoder: Any, arrays: Arrays) -> Seen:
     if "attention_mask" in arrays:
         there = array(arrays, "attention_mask", 2).astype(bool)
     places = whole[..., :2].astype(np.int32)
-    return _with_grids(encoder, whole[..., 2:], places.max(axis=1), np.maximum(places - 1, 0), there)
+    return _with_grids(
+        encoder, whole[..., 2:], places.max(axis=1), np.maximum(places - 1, 0), there
+    )
 
 
 def _padded(encoder: Any, arrays: Arrays) -> Seen:

@@ -43,9 +43,7 @@ class Family:
     write: Callable[[Model], dict[str, Any]]
     rows: Callable[[Model], list[Row]]
     carried: Callable[[Model], tuple[str, ...]]
-    inputs: Callable[
-        [Model, Mapping[str, Any], inputs.Arrays], inputs.Prompts | pictures.Seen
-    ]
+    inputs: Callable[[Model, Mapping[str, Any], inputs.Arrays], inputs.Prompts | pictures.Seen]
     ignored: tuple[str, ...] = ()
     renames: Callable[[Model], tuple[tuple[str, str], ...]] = lambda model: ()
 
@@ -157,6 +155,15 @@ FAMILIES |= {
     name: _encoder(name, architecture, _MODULES[name], way, renames)
     for name, (architecture, way, renames) in ENCODERS.items()
 }
+# Published files of Segment Anything hold its other parts too, which are carried.
+FAMILIES["sam"] = dataclasses.replace(
+    FAMILIES["sam_vision_model"],
+    architecture="SamModel",
+    write=lambda model: {
+        "model_type": "sam",
+        "vision_config": sam_vision_model.write(model.encoder),
+    },
+)
 
 
 def big_vision_family(root: str) -> Family:

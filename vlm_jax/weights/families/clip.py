@@ -42,9 +42,7 @@ def read(hf: Mapping[str, Any]) -> Model:
     end = text.get("eos_token_id", END)
     if type(end) is not int:
         raise ConfigError(f"eos_token_id of text_config is {end!r}; expected a whole number")
-    encoder = dataclasses.replace(
-        clip_vision_model.read(vision), final_norm=True, pool="class"
-    )
+    encoder = dataclasses.replace(clip_vision_model.read(vision), final_norm=True, pool="class")
     return Model(
         encoder,
         text=text_tower.read(
