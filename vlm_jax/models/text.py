@@ -55,7 +55,7 @@ class Text(nnx.Module):
         x = self.norm(jnp.take_along_axis(x, self._pooled(tokens)[:, None, None], axis=1)[:, 0])
         return unit(self.project(x, jnp.float32))
 
-    def _pooled(self, tokens: Int[Array, "m T"]) -> Int[Array, "m"]:
+    def _pooled(self, tokens: Int[Array, "m T"]) -> Int[Array, " m"]:
         """At which position a text's hidden state is taken."""
         if self.text.pool == "last":
             return jnp.full(len(tokens), tokens.shape[1] - 1)
