@@ -25,6 +25,7 @@ from vlm_jax.presets.mapping import Mapping as MappingNetwork
 from vlm_jax.presets.qformer import QFormer
 from vlm_jax.presets.sam import Sam
 from vlm_jax.presets.sva import Samplers, Sva
+from vlm_jax.presets.text import TextTower
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Model:
       fusion: gated cross-attention between the decoder's layers; None = visual tokens stand in the
         sequence and nothing else (autoregressive).
       samplers: blocks by which visual tokens go on looking at images between the decoder's layers.
+      text: what embeds texts beside the encoder's images (CLIP, SigLIP).
     """
 
     encoder: Encoder | ConvNet | Sam | None = None
@@ -49,6 +51,7 @@ class Model:
     extra_encoders: tuple[Encoder | ConvNet | Sam, ...] = ()
     fusion: CrossAttention | None = None
     samplers: Samplers | None = None
+    text: TextTower | None = None
 
     @property
     def encoders(self) -> tuple[Encoder | ConvNet | Sam, ...]:
@@ -538,6 +541,10 @@ def check_model(model: Model, longest: int = 0) -> None:
         _check_preset(model.fusion, "model.fusion", problems)
     if model.samplers is not None:
         _check_samplers(model)
+    if model.text is not None:
+        _require(model.encoder is not None, "model.encoder", None, "what texts are compared with")
+        problems = model.text.problems(model.encoder.features)
+        _check_preset(model.text, "model.text", problems)
 
 
 def _check_samplers(model: Model) -> None:

@@ -66,7 +66,7 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "n T D"],
-        mask: Bool[Array, "n 1 1 T"] | None,
+        mask: Bool[Array, "n 1 #T T"] | None,
         angle: Float[Array, "m T 1 R"] | None,
         path_rate: Float[Array, ""] | float,
         key,
@@ -136,6 +136,29 @@ class Vit(nnx.Module):
 
     def __call__(self, images: Images, key: Array | None = None) -> Features:
         encoder = self.encoder
+        x, mask = self._run(images, key)
+        before = encoder.class_token + encoder.registers
+        if encoder.pool == "class":
+            return Features(self._normed(x[:, :1]))
+        first = x[:, : encoder.keep_class]
+        x = self._normed(jnp.concatenate([first, x[:, before:]], axis=1))
+        mask = _looked_at(mask, int(encoder.keep_class))
+        if self.head is not None:
+            return Features(self.head(x, mask))
+        return Features(x, None if mask is None else mask[:, 0, 0])
+
+    def tokens(self, images: Images) -> Float[Array, "n T D"]:
+        """All tokens after the last block: class token, registers, patches; normed as features."""
+        return self._normed(self._run(images, None)[0])
+
+    def _normed(self, x: Float[Array, "n T D"]) -> Float[Array, "n T D"]:
+        return x if self.norm is None else self.norm(x)
+
+    def _run(
+        self, images: Images, key: Array | None
+    ) -> tuple[Float[Array, "n T D"], Bool[Array, "n P"] | None]:
+        """All tokens after the last block, and which patches there are."""
+        encoder = self.encoder
         seen = grids.places(images, encoder)
         x = self.stem(images, encoder)
         x = constrain(x + self._positions(seen).astype(x.dtype), "batch", None, None)
@@ -151,13 +174,7 @@ class Vit(nnx.Module):
             return block(x, mask, angle, rate if encoder.drop_path else 0.0, key), None
 
         x, _ = self.stack(apply, x, per_layer=rates, key=key)
-        first = x[:, : encoder.keep_class]
-        x = jnp.concatenate([first, x[:, before:]], axis=1)
-        x = x if self.norm is None else self.norm(x)
-        mask = _looked_at(seen.mask, int(encoder.keep_class))
-        if self.head is not None:
-            return Features(self.head(x, mask))
-        return Features(x, None if mask is None else mask[:, 0, 0])
+        return x, seen.mask
 
     def _positions(self, seen: grids.Places) -> Float[Array, "m P D"] | Float[Array, ""]:
         """What is added to the patches."""

@@ -13,6 +13,7 @@ from vlm_jax.models.hooks import Hook
 from vlm_jax.models.layers import Features
 from vlm_jax.models.sam import SamEncoder
 from vlm_jax.models.sva import Samplers, Visual
+from vlm_jax.models.text import Text
 from vlm_jax.models.vit import Vit
 
 # Encoders by the kind that presets name.
@@ -26,6 +27,8 @@ ENCODERS = {
 
 class VLM(nnx.Module):
     """Encoders, a connector and a decoder that reads or looks at visual tokens; any may be absent.
+
+    Or an encoder and a text tower, whose embeddings are compared.
 
     Args:
       model: a `config.Model`.
@@ -43,6 +46,8 @@ class VLM(nnx.Module):
         between = model.samplers
         make = lambda: Samplers(between, model.connector, decoder, rngs)  # noqa: E731
         self.samplers = None if between is None else make()
+        text = model.text
+        self.text = None if text is None else Text(text, model.encoder.features[1], rngs)
 
     def features(
         self, images: tuple[Images, ...], dropout: Array | None = None
@@ -80,6 +85,18 @@ class VLM(nnx.Module):
             texts = None if texts is None else texts.reshape(-1, texts.shape[-1])
             visual = self.connector(features, texts, keys[1])
         return jax.tree.map(lambda x: x.reshape(*slots, *x.shape[1:]), visual)
+
+    def similarity(
+        self,
+        images: Images,
+        tokens: Int[Array, "m T"],
+        there: Bool[Array, "m T"],
+        dropout: Array | None = None,
+    ) -> Float[Array, "n m"]:
+        """Logits of every image with every text; `there` is False for padding."""
+        keys = (None, None) if dropout is None else jax.random.split(dropout)
+        seen = self.text.images(self.encoder(images, keys[0]))
+        return self.text.similarity(seen, self.text(tokens, there, keys[1]))
 
     def hidden(
         self,

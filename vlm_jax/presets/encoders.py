@@ -45,7 +45,8 @@ class Encoder:
       layer: whose output the features are, counted from the last block; later ones do not run.
       final_norm: whether a norm follows that block.
       keep_class: whether the class token is the first of the features.
-      pool: "none" gives patch features; "map" pools them to one by attention (SigLIP's head).
+      pool: "none" gives patch features; "map" pools them to one by attention (SigLIP's head);
+        "class" gives the class token alone.
       dropout: on the output of each residual branch.
       drop_path: chance that a residual branch of the last block is dropped, rising linearly with
         depth.
@@ -99,7 +100,7 @@ class Encoder:
         "position_resize": ("bicubic", "bicubic_antialias", "bilinear_antialias", "bucket"),
         "norm": ("layer", "rms"),
         "activation": ("gelu_tanh", "gelu", "quick_gelu", "silu"),
-        "pool": ("none", "map"),
+        "pool": ("none", "map", "class"),
         "dtype": ("bfloat16", "float32"),
     }
     BIASES: ClassVar = ("patch", "query", "key", "value", "out", "mlp")
@@ -150,7 +151,7 @@ class Encoder:
     @property
     def features(self) -> tuple[int, int]:
         """How many features an image gives, and their width."""
-        return 1 if self.pool == "map" else self.keep_class + self.patches, self.width
+        return self.keep_class + self.patches if self.pool == "none" else 1, self.width
 
     def has_bias(self, part: str) -> bool:
         """Whether a part, one of BIASES, has a bias."""
@@ -188,6 +189,8 @@ class Encoder:
             yield "layer", f"-1 (the last block) to {-self.depth} (the first)"
         if self.keep_class and not self.class_token:
             yield "keep_class", "False without a class token"
+        if self.pool == "class" and not self.class_token:
+            yield "pool", "none or map without a class token"
 
 
 # big_vision's ViT sizes (models/vit.py, decode_variant): width, depth, mlp, heads.

@@ -121,6 +121,26 @@ def contrastive(
     return loss, {"contrastive_nll": total, "contrastive_images": images}
 
 
+def softmax_pairs(logits: Float[Array, "n n"]) -> Float[Array, ""]:
+    """CLIP's loss of n images with n texts, of which the i-th belong together.
+
+    The mean of two cross-entropies: which text is an image's, and which image a text's (Radford et
+    al. 2021, figure 3).
+    """
+    log_probs = (jax.nn.log_softmax(logits, axis=axis) for axis in (0, 1))
+    return -sum(jnp.mean(jnp.diagonal(x)) for x in log_probs) / 2
+
+
+def sigmoid_pairs(logits: Float[Array, "n n"]) -> Float[Array, ""]:
+    """SigLIP's loss of n images with n texts, of which the i-th belong together.
+
+    Whether they do is asked of every pair on its own; the sum over all pairs is divided by n (Zhai
+    et al. 2023, algorithm 1).
+    """
+    signs = 2 * jnp.eye(len(logits)) - 1
+    return -jnp.sum(jax.nn.log_sigmoid(signs * logits)) / len(logits)
+
+
 def distinct(texts: Int[Array, "... S"]) -> Bool[Array, "... S"]:
     """True at the first place of each token of a text, False at its repeats and at padding (0)."""
     same = texts[..., :, None] == texts[..., None, :]

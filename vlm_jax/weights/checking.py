@@ -1,22 +1,30 @@
 """What an imported model makes of the arrays that transformers' `forward` takes."""
 
+import dataclasses
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from flax import nnx
+from jaxtyping import Array, Float
 
 from vlm_jax import config as configs
+from vlm_jax.batch import Images
+from vlm_jax.errors import DataError
 from vlm_jax.models import params, sampling
+from vlm_jax.models.vit import Vit
+from vlm_jax.presets.convnets import ConvNet
+from vlm_jax.presets.encoders import Encoder
 from vlm_jax.presets.generation import Generation
-from vlm_jax.weights import inputs, registry, store
+from vlm_jax.presets.sam import Sam
+from vlm_jax.weights import inputs, pictures, registry, store
 
 
 def run(
     stored: store.Stored, arrays: inputs.Arrays, new_tokens: int = 0, beams: int = 1
 ) -> dict[str, np.ndarray]:
-    """Logits of a prompt and greedy tokens after it, or an encoder's features, in float32.
+    """Logits of a prompt and greedy tokens after it, or what else there is, in float32.
 
     Args:
       stored: the model.
@@ -25,7 +33,8 @@ def run(
       beams: hypotheses of a beam search; 1 = greedy.
 
     Returns:
-      `logits` [B, T, V] and with new_tokens `tokens` [B, new_tokens]; or `last_hidden_state`.
+      `logits` [B, T, V] and with new_tokens `tokens` [B, new_tokens]; of an encoder alone
+      `last_hidden_state`, of a contrastive pair `logits_per_image` and `logits_per_text`.
 
     Raises:
       ConfigError, DataError: the arrays are not what the model takes.
@@ -34,8 +43,12 @@ def run(
     known = registry.family(stored.family)
     places = dict.fromkeys(params.abstract(model), jax.sharding.SingleDeviceSharding(_device()))
     leaves = store.load(stored, places, dict.fromkeys(places, np.float32))
+    if model.text is not None:
+        seen = known.inputs(model, stored.published, arrays)
+        return _similarities(model, leaves, seen)
     if model.decoder is None:
-        return {"last_hidden_state": _features(model, leaves, arrays)}
+        seen = known.inputs(model, stored.published, arrays)
+        return {"last_hidden_state": _features(model, leaves, seen)}
     options = Generation(max_new_tokens=new_tokens, beams=beams)
     return _answers(model, leaves, known.inputs(model, stored.published, arrays), options)
 
@@ -49,11 +62,45 @@ def exact(model: configs.Model) -> configs.Model:
     return configs.typed(configs.Model, plain, "model")
 
 
-def _features(model: configs.Model, leaves: Mapping[str, Array], arrays) -> np.ndarray:
-    inputs.refuse_unknown(arrays, ("pixel_values",))
-    images = inputs.pictures(model.encoder, inputs.array(arrays, "pixel_values", 4))
-    features = jax.jit(lambda leaves: params.build(model, leaves).features((images,))[0].x)
-    return np.asarray(features(leaves))
+def _tokens(encoder: Vit, preset: Encoder, images: Images) -> Float[Array, "n T D"]:
+    """All tokens, as transformers gives them."""
+    return encoder.tokens(images)
+
+
+def _maps(encoder: nnx.Module, preset: ConvNet | Sam, images: Images) -> Float[Array, "n C h w"]:
+    """Features in their grid, channels first."""
+    x = encoder(images).x
+    return x.reshape(len(x), *preset.grid, -1).transpose(0, 3, 1, 2)
+
+
+# What `last_hidden_state` is, by the kind of an encoder's preset.
+STATES = {"vit": _tokens, "convnext": _maps, "sam": _maps}
+
+
+def _features(model: configs.Model, leaves: Mapping[str, Array], seen: pictures.Seen) -> np.ndarray:
+    preset = seen.encoder
+    model = dataclasses.replace(model, encoder=preset)
+
+    def run(leaves, images):
+        return STATES[preset.kind](params.build(model, leaves).encoder, preset, images)
+
+    return np.asarray(jax.jit(run)(leaves, seen.images))
+
+
+def _similarities(
+    model: configs.Model, leaves: Mapping[str, Array], seen: pictures.Seen
+) -> dict[str, np.ndarray]:
+    model = dataclasses.replace(model, encoder=seen.encoder)
+    if seen.tokens.shape[1] > model.text.length:
+        raise DataError(
+            f"input_ids are {seen.tokens.shape[1]} long; the model takes {model.text.length}"
+        )
+
+    def run(leaves, seen):
+        return params.build(model, leaves).similarity(*seen)
+
+    logits = np.asarray(jax.jit(run)(leaves, (seen.images, seen.tokens, seen.mask)))
+    return {"logits_per_image": logits, "logits_per_text": logits.T}
 
 
 def _answers(

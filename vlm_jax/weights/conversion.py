@@ -296,15 +296,34 @@ def export_folder(stored: store.Stored, target: Path, model_type: str = "") -> N
     target.mkdir(parents=True, exist_ok=True)
     files.write_shards(target, tensors, pieces)
     copy_kept(stored.path / store.SOURCE, target)
-    config = _merged(stored.published, known.write(stored.model))
-    config |= {"architectures": [known.architecture], "dtype": str(_main_dtype(tensors))}
+    config = _config(stored, known)
+    # A class of the same family with a head that we carry, say, stays that class.
+    same = model_type == stored.family and stored.published.get("architectures")
+    config |= {
+        "architectures": same or [known.architecture],
+        "dtype": str(_main_dtype(tensors)),
+    }
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _merged(published: Mapping[str, Any], written: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json with what we write in the place of what it said, nested configs too."""
-    found = dict(published)
-    for key, value in written.items():
+def _config(stored: store.Stored, known: Family) -> dict[str, Any]:
+    """What the model's config.json says.
+
+    What it said when the model came is left where our fields say the same: an image size of 384
+    pixels, say, of which patches of 14 see 378.
+    """
+    written = known.write(stored.model)
+    try:
+        same = known.write(known.read(stored.published)) == written
+    except (ConfigError, KeyError, AttributeError, TypeError, ValueError, ZeroDivisionError):
+        same = False  # it is of another family, or there is none
+    return _merged(written, stored.published) if same else _merged(stored.published, written)
+
+
+def _merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """The first config.json with what the second says in its place, nested configs too."""
+    found = dict(first)
+    for key, value in second.items():
         nested = isinstance(value, Mapping) and isinstance(found.get(key), Mapping)
         found[key] = _merged(found[key], value) if nested else value
     return found

@@ -8,8 +8,17 @@ from typing import Any
 
 from vlm_jax.config import Model
 from vlm_jax.errors import ConfigError
-from vlm_jax.weights import inputs, towers
-from vlm_jax.weights.families import big_vision, llava
+from vlm_jax.weights import inputs, pictures, towers
+from vlm_jax.weights.families import (
+    big_vision,
+    clip,
+    convnext,
+    llava,
+    pix2struct_vision_model,
+    sam_vision_model,
+    siglip,
+    siglip2,
+)
 from vlm_jax.weights.tables import Row, placed
 
 
@@ -24,7 +33,8 @@ class Family:
       rows: model -> table of names.
       carried: model -> patterns of names whose tensors are kept but not computed with.
       ignored: patterns of names that are no weights.
-      inputs: model, config.json and arrays of `forward` -> prompts.
+      inputs: model, config.json and arrays of `forward` -> prompts, or pictures where there is no
+        decoder.
       renames: model -> patterns and replacements, applied in order to names of other folders.
     """
 
@@ -33,7 +43,7 @@ class Family:
     write: Callable[[Model], dict[str, Any]]
     rows: Callable[[Model], list[Row]]
     carried: Callable[[Model], tuple[str, ...]]
-    inputs: Callable[[Model, Mapping[str, Any], inputs.Arrays], inputs.Prompts]
+    inputs: Callable[[Model, Mapping[str, Any], inputs.Arrays], inputs.Prompts | pictures.Seen]
     ignored: tuple[str, ...] = ()
     renames: Callable[[Model], tuple[tuple[str, str], ...]] = lambda model: ()
 
@@ -56,6 +66,24 @@ def _decoder(model_type: str, architecture: str, renames=()) -> Family:
         rows=lambda model: placed(module.rows(model.decoder), "decoder/"),
         carried=lambda model: module.CARRIED,
         inputs=_text,
+        ignored=BUFFERS,
+        renames=lambda model: renames,
+    )
+
+
+def _encoder(
+    model_type: str, architecture: str, module: ModuleType, way: pictures.Way, renames=()
+) -> Family:
+    """A family whose folders hold an encoder alone, with all its features."""
+    several = module.write.__code__.co_argcount > 1
+    write = module.write if several else lambda encoder, _: module.write(encoder)
+    return Family(
+        architecture,
+        read=lambda hf: Model(encoder=module.read({"model_type": model_type} | dict(hf))),
+        write=lambda model: write(model.encoder, model_type),
+        rows=lambda model: placed(module.rows(model.encoder), "encoder/"),
+        carried=lambda model: module.CARRIED,
+        inputs=lambda model, hf, arrays: pictures.alone(way, model.encoder, arrays),
         ignored=BUFFERS,
         renames=lambda model: renames,
     )
@@ -87,7 +115,55 @@ FAMILIES = {
     "mpt": _decoder("mpt", "MptForCausalLM"),
     "gpt_neox": _decoder("gpt_neox", "GPTNeoXForCausalLM", ((r"^embed_out\.", "lm_head."),)),
     "llava": _system(llava),
+    "clip": _system(clip),
+    "siglip": _system(siglip),
+    "siglip2": _system(siglip2),
 }
+# transformers 5 saves these without the prefix of published files.
+VISION = ((r"^(?!vision_model\.|visual_projection\.)", "vision_model."),)
+
+
+def _trunk(name: str) -> tuple[tuple[str, str], ...]:
+    """The base class's names as those of the class with a classifier."""
+    return ((rf"^(?!{name}\.|classifier\.)", f"{name}."),)
+
+
+_ON_DEMAND = pictures.RESIZED_ON_DEMAND
+# Encoders alone: class of transformers, module, how it is given pictures, renames.
+ENCODERS = {
+    "clip_vision_model": ("CLIPVisionModel", _ON_DEMAND, VISION),
+    "siglip_vision_model": ("SiglipVisionModel", _ON_DEMAND, VISION),
+    "siglip2_vision_model": ("Siglip2VisionModel", pictures.NAFLEX, VISION),
+    "dinov2": ("Dinov2Model", pictures.RESIZED, ()),
+    "dinov2_with_registers": ("Dinov2WithRegistersModel", pictures.RESIZED, ()),
+    "blip_2_vision_model": ("Blip2VisionModel", _ON_DEMAND, ()),
+    "idefics2_vision": ("Idefics2VisionTransformer", pictures.PADDED, ()),
+    "idefics3_vision": ("Idefics3VisionTransformer", pictures.PADDED, ()),
+    "smolvlm_vision": ("SmolVLMVisionTransformer", pictures.PADDED, ()),
+    "pix2struct_vision_model": ("Pix2StructVisionModel", pictures.FLATTENED, ()),
+    "convnext": ("ConvNextModel", pictures.ANY_SIZE, _trunk("convnext")),
+    "convnextv2": ("ConvNextV2Model", pictures.ANY_SIZE, _trunk("convnextv2")),
+    "sam_vision_model": ("SamVisionModel", pictures.WHOLE, ()),
+}
+_MODULES = towers.ENCODERS | {
+    "pix2struct_vision_model": pix2struct_vision_model,
+    "convnext": convnext,
+    "convnextv2": convnext,
+    "sam_vision_model": sam_vision_model,
+}
+FAMILIES |= {
+    name: _encoder(name, architecture, _MODULES[name], way, renames)
+    for name, (architecture, way, renames) in ENCODERS.items()
+}
+# Published files of Segment Anything hold its other parts too, which are carried.
+FAMILIES["sam"] = dataclasses.replace(
+    FAMILIES["sam_vision_model"],
+    architecture="SamModel",
+    write=lambda model: {
+        "model_type": "sam",
+        "vision_config": sam_vision_model.write(model.encoder),
+    },
+)
 
 
 def big_vision_family(root: str) -> Family:

@@ -1,7 +1,8 @@
 """Pix2Struct's encoder, with the names of transformers' Pix2StructVisionModel.
 
 Its images have grids of their own, and pixels are normed per image, not by fixed means.
-`config.json` does not say how many patches an image may have: `read` takes 2048, as published.
+`config.json` does not say how many patches an image may have: `read` takes 2048, as published, or
+as many as there are rows and columns.
 """
 
 import math
@@ -73,11 +74,12 @@ def read(hf: Mapping[str, Any]) -> Encoder:
             f"patch_embed_hidden_size of config.json is {values}; expected that of square patches "
             "of three colours"
         )
+    most = min(MAX_PATCHES, found["seq_len"] - 1)
     return Encoder(
         **vision.fields(found, FIELDS),
         patch=patch,
-        image_size=patch * math.isqrt(MAX_PATCHES),
-        max_patches=MAX_PATCHES,
+        image_size=patch * math.isqrt(most),
+        max_patches=most,
         position="row_column",
         position_grid=(found["seq_len"], found["seq_len"]),
         norm="rms",

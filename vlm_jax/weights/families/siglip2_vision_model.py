@@ -53,5 +53,4 @@ def write(preset: Encoder) -> dict[str, Any]:
         **vision.written(preset, FIELDS),
         **FIXED,
         "num_patches": math.prod(preset.table_grid),
-        "vision_use_head": True,
     }

@@ -65,6 +65,6 @@ def read(hf: Mapping[str, Any]) -> Encoder:
 
 
 def write(preset: Encoder) -> dict[str, Any]:
-    """The vision_config of a preset; published towers all have the head, computed or carried."""
+    """The vision_config of a preset; one without the head says so in what was published."""
     theirs = vision.written(preset)
-    return {"model_type": "siglip_vision_model", **theirs, **FIXED, "vision_use_head": True}
+    return {"model_type": "siglip_vision_model", **theirs, **FIXED}
