@@ -2,8 +2,8 @@
 Aggregator, 24 x 25 visual tokens.
 
 Variants: `8b` (Llama 3 8B Instruct) or `13b` (Vicuna-1.5); with `align` the first stage. Its
-samplers between the decoder's layers are not part of it yet. Images of 384 px are 378 here: their
-last six pixels have no patch.
+samplers between the decoder's layers are not part of it yet, and data makes the first encoder's
+images only. Images of 384 px are 378 here: their last six pixels have no patch.
 """
 
 from configs import common, llava15

@@ -2,7 +2,8 @@
 but one, base Llama 2.
 
 Variants: `dinosiglip` (joined along channels), `siglip`, `clip` or `dinov2`, and `7b` or `13b`.
-Images of 384 px are 378 here: their last six pixels have no patch.
+Images of 384 px are 378 here: their last six pixels have no patch. Data makes the first encoder's
+images only yet.
 """
 
 from configs import common, llava15
