@@ -2,7 +2,8 @@
 one linear layer, Llama 3.1 8B.
 
 Its tiles of larger pictures are left to data, which makes none yet; LoRA is not here: all of it
-trains. Rate, batch and warm-up are the m4 trainer's for SmolVLM.
+trains. Rate, batch and warm-up are the m4 trainer's for SmolVLM, which then falls linearly, not as
+a cosine.
 """
 
 from configs import common

@@ -27,7 +27,8 @@ def get_config(variant: str = ""):
             Connector("linear", pool="adjacent", factor=4),
             decoder("llama2-7b"),
         ),
-        tokens=1024,
+        # 256 visual tokens and at most 1024 of text (minigptv2_finetune.yaml)
+        tokens=1280,
         rows=96,
     )
     common.freeze(config, common.ENCODERS)

@@ -32,7 +32,7 @@ def get_config(variant: str = ""):
     )
     common.freeze(config, common.ENCODERS, r"connector/.*")
     config.data.rows = 32
-    config.train.update(steps=4236, lr=1e-5, warmup_steps=50, weight_decay=1e-4)
+    config.train.update(steps=4236, lr=1e-5, end_lr=0.1, warmup_steps=50, weight_decay=1e-4)
     return align(config) if stage else config
 
 
@@ -43,5 +43,5 @@ def align(config):
     common.captions(config)
     config.data.update(rows=1024, images_per_row=16)
     config.train.update(steps=50_000, lr=1e-4, warmup_steps=2000, weight_decay=0.1)
-    config.train.update(b2=0.98, eps=1e-6)
+    config.train.update(end_lr=0.0, b2=0.98, eps=1e-6)
     return config
