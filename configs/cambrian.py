@@ -1,0 +1,50 @@
+"""Cambrian-1 (Tong et al. 2024, arXiv 2406.16860): four frozen encoders, the Spatial Vision
+Aggregator, 24 x 25 visual tokens.
+
+Variants: `8b` (Llama 3 8B Instruct) or `13b` (Vicuna-1.5); with `align` the first stage. Its
+samplers between the decoder's layers are not part of it yet, and data makes the first encoder's
+images only. Images of 384 px are 378 here: their last six pixels have no patch.
+"""
+
+from configs import common, llava15
+from vlm_jax import config as c
+from vlm_jax.presets.convnets import convnext
+from vlm_jax.presets.decoders import decoder
+from vlm_jax.presets.encoder_sizes import published
+from vlm_jax.presets.sva import CAMBRIAN
+
+DECODERS = {"8b": "llama3-8b", "13b": "llama2-13b"}
+WORDS = (tuple(DECODERS), ("", "align"))
+
+
+def get_config(variant: str = ""):
+    """The second stage, or the first.
+
+    Raises:
+      ValueError: the variant is not known.
+    """
+    size, stage = common.words("cambrian", variant, *WORDS)
+    config = llava15.get_config()
+    config.name = f"cambrian-{size}"
+    common.put(
+        config,
+        encoder=published("siglip-so400m14-378"),
+        extra_encoders=(
+            published("clip-l14-336", layer=-2),
+            published("dinov2-g14", image_size=378),
+            convnext("xxlarge", image_size=1024, taps=(0, 1, 2, 3), resize_to=96),
+        ),
+        connector=CAMBRIAN,
+        decoder=decoder(DECODERS[size]),
+    )
+    common.epochs(config, rows=512, samples=7_000_000, lr=4e-5)
+    return align(config) if stage else config
+
+
+def align(config):
+    """The first stage; the aggregator's attention learns at a tenth of the projections' rate."""
+    llava15.align(config, rows=512, samples=2_500_000)
+    attention = c.Rule(r"connector/(query|stack/.*)", lr=0.1)
+    common.freeze(config, common.ENCODERS, common.DECODER, rules=(attention, *c.FULL))
+    config.train.warmup_steps = int(0.06 * config.train.steps)
+    return config

@@ -1,0 +1,96 @@
+"""What the recipes of published systems share; not a config itself.
+
+Data, tokenizers and weights of those systems are not part of this repository: their configs read
+the embedded pictures until `data.mixture`, `data.tokenizer` and `init` name others. Where a prompt
+is no row of `data.chat.TEMPLATES`, it is LLaVA-1.5's, or ours where that is too long. A row holds
+one image, so that a batch has as many samples as the recipe's; `data.images_per_row` packs several.
+"""
+
+import itertools
+from typing import Any
+
+from vlm_jax import config as c
+
+MIXTURE = {"emoji:caption": 1.0, "emoji:choice": 1.0, "emoji:yes_no": 1.0}
+ENCODERS = r"(encoder|extra_encoders/\d+)/.*"
+DECODER = r"decoder/.*"
+# With cross-attention, all of the decoder but its gated blocks and added tokens.
+DECODER_ALONE = r"decoder/(?!cross/|added_).*"
+
+
+def words(file: str, variant: str, *choices: tuple[str, ...]) -> tuple[str, ...]:
+    """The words of a variant such as "13b-align", one of each of `choices`.
+
+    Args:
+      file: name of the config, for the message.
+      variant: words joined by "-"; the first of each choice may be left out.
+      *choices: known words; "" stands for none.
+
+    Raises:
+      ValueError: there is no such variant.
+    """
+    for chosen in itertools.product(*choices):
+        others = (w for w, known in zip(chosen, choices, strict=True) if w != known[0])
+        if variant in (_joined(chosen), _joined(others)):
+            return chosen
+    raise ValueError(
+        f"configs/{file}.py has no variant {variant!r}; it has: {', '.join(variants(*choices))}"
+    )
+
+
+def variants(*choices: tuple[str, ...]) -> list[str]:
+    """All variants of these words."""
+    return [_joined(chosen) for chosen in itertools.product(*choices)]
+
+
+def _joined(chosen) -> str:
+    return "-".join(word for word in chosen if word)
+
+
+def system(name: str, model: c.Model, tokens: int, **data: Any):
+    """A config of a published system: FSDP over all devices, AdamW with PyTorch's averages."""
+    return c.default(
+        name=name,
+        model=model,
+        data=c.Data(
+            mixture=MIXTURE,
+            tokens=tokens,
+            pool=1024,
+            threads=16,
+            **{"images_per_row": 1, "template": "vicuna_v1"} | data,
+        ),
+        train=c.Train(b2=0.999),
+        checkpoint=c.Checkpoint(every=500),
+        eval=c.Eval(every=1000, kinds=("caption", "choice", "yes_no")),
+        parallel=c.Parallel(data=1, fsdp=-1),
+    )
+
+
+def put(config, **parts: Any) -> None:
+    """Replaces parts of a config's model by presets."""
+    with config.ignore_type():
+        for name, preset in parts.items():
+            config.model[name] = c.plain(preset)
+
+
+def captions(config) -> None:
+    """Feeds images and captions without prompts, as first stages do."""
+    config.data.template = "plain"
+    with config.unlocked():
+        config.data.mixture = {"emoji:caption": 1.0}
+    config.eval.kinds = ("caption",)
+
+
+def freeze(config, *patterns: str, rules: tuple[c.Rule, ...] = c.FULL) -> None:
+    """Freezes what the patterns match; the rules say how all else trains."""
+    frozen = (c.Rule(pattern, mode="frozen") for pattern in patterns)
+    config.adaptation = c.plain((*frozen, *rules))
+
+
+def epochs(
+    config, rows: int, samples: int, times: float = 1, warmup: float = 0.03, **train: Any
+) -> None:
+    """Sets batch, steps, a warm-up that is a share of them, and other fields of `train`."""
+    steps = int(samples * times / rows)
+    config.data.rows = rows
+    config.train.update(steps=steps, warmup_steps=int(warmup * steps), **train)

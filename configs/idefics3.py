@@ -1,0 +1,36 @@
+"""Idefics3 8B (Laurençon et al. 2024, arXiv 2408.12637): SigLIP-SO400M at 364 px, pixel shuffle and
+one linear layer, Llama 3.1 8B.
+
+Its tiles of larger pictures are left to data, which makes none yet; LoRA is not here: all of it
+trains. Rate, batch and warm-up are the m4 trainer's for SmolVLM, which then falls linearly, not as
+a cosine.
+"""
+
+from configs import common
+from vlm_jax import config as c
+from vlm_jax.presets.connectors import Connector
+from vlm_jax.presets.decoders import decoder
+from vlm_jax.presets.encoders import vit
+
+WORDS = (("8b",),)
+
+
+def get_config(variant: str = ""):
+    """Training on large pictures.
+
+    Raises:
+      ValueError: the variant is not known.
+    """
+    (size,) = common.words("idefics3", variant, *WORDS)
+    config = common.system(
+        f"idefics3-{size}",
+        c.Model(
+            vit("So400m/14", image_size=364),
+            Connector("linear", pool="shuffle", factor=2, bias=False),
+            decoder("llama3.1-8b", vocab=128_259),
+        ),
+        tokens=2048,
+        rows=2048,
+    )
+    config.train.update(steps=6000, lr=1e-4, warmup_steps=2000, weight_decay=0.1)
+    return config

@@ -1,0 +1,47 @@
+"""LLaVA-1.5 (Liu et al. 2024, arXiv 2310.03744): CLIP L/14 at 336 px, a two-layer MLP, Vicuna-1.5.
+
+    python -m vlm_jax.main --config=configs/llava15.py:13b-align --workdir=runs/llava15
+
+Variants: `7b` or `13b`; with `align` the first stage, which trains the projector alone.
+"""
+
+from configs import common
+from vlm_jax import config as c
+from vlm_jax.presets.connectors import Connector
+from vlm_jax.presets.decoders import decoder
+from vlm_jax.presets.encoder_sizes import published
+
+WORDS = (("7b", "13b"), ("", "align"))
+# scripts/v1_5: LCS-558K, then llava_v1_5_mix665k.
+ALIGN, TUNE = 558_128, 665_298
+
+
+def get_config(variant: str = ""):
+    """The second stage, or the first.
+
+    Raises:
+      ValueError: the variant is not known.
+    """
+    size, stage = common.words("llava15", variant, *WORDS)
+    config = common.system(
+        f"llava15-{size}",
+        c.Model(
+            published("clip-l14-336", layer=-2),
+            Connector("mlp", layers=2),
+            # The published folder pads Vicuna's 32,000 rows.
+            decoder(f"llama2-{size}", vocab=32_064),
+        ),
+        tokens=2048,
+    )
+    common.freeze(config, common.ENCODERS)
+    common.epochs(config, rows=128, samples=TUNE, lr=2e-5)
+    return align(config) if stage else config
+
+
+def align(config, rows: int = 256, samples: int = ALIGN, lr: float = 1e-3):
+    """The first stage of a config: captions without prompts, the connector alone."""
+    config.name += "-align"
+    common.captions(config)
+    common.freeze(config, common.ENCODERS, common.DECODER)
+    common.epochs(config, rows=rows, samples=samples, lr=lr)
+    return config

@@ -1,0 +1,40 @@
+"""LLaVA-NeXT (Liu et al. 2024): LLaVA-1.5 whose encoder trains too, at a tenth of the rate.
+
+Variants: `vicuna-7b`, `vicuna-13b` or `mistral-7b`; with `align` the first stage. Data does not cut
+pictures into tiles yet: an image is one view of 336 px and the learned token behind it.
+"""
+
+from configs import common, llava15
+from vlm_jax import config as c
+from vlm_jax.presets.connectors import Connector
+from vlm_jax.presets.decoders import decoder
+
+DECODERS = {
+    "vicuna-7b": decoder("llama2-7b", vocab=32_064),
+    "vicuna-13b": decoder("llama2-13b", vocab=32_064),
+    # Mistral-7B-Instruct-v0.2 has no window.
+    "mistral-7b": decoder(
+        "mistral-7b", vocab=32_064, window=0, pattern=("global",), rope_theta=1e6
+    ),
+}
+WORDS = (tuple(DECODERS), ("", "align"))
+
+
+def get_config(variant: str = ""):
+    """The second stage, or the first.
+
+    Raises:
+      ValueError: the variant is not known.
+    """
+    size, stage = common.words("llava_next", variant, *WORDS)
+    config = llava15.get_config()
+    config.name = f"llava_next-{size}"
+    common.put(
+        config,
+        connector=Connector("mlp", layers=2, newline="token"),
+        decoder=DECODERS[size],
+    )
+    common.freeze(config, rules=(c.Rule(common.ENCODERS, lr=0.1), *c.FULL))
+    # The 760K samples of the second stage were not published; the encoder's 2e-6 is of the scripts.
+    common.epochs(config, rows=128, samples=760_000, lr=2e-5)
+    return llava15.align(config) if stage else config

@@ -1,0 +1,36 @@
+"""MiniGPT-v2 (Chen et al. 2023, arXiv 2310.09478): EVA-CLIP g/14 at 448 px, four neighbouring
+features to one token, Llama-2-chat 7B.
+
+The recipe trains the decoder by LoRA, which is not here: it trains in full. Batch is ours.
+"""
+
+from configs import common
+from vlm_jax import config as c
+from vlm_jax.presets.connectors import Connector
+from vlm_jax.presets.decoders import decoder
+from vlm_jax.presets.encoder_sizes import published
+
+WORDS = (("",),)
+
+
+def get_config(variant: str = ""):
+    """The last stage; it has no variants.
+
+    Raises:
+      ValueError: a variant is asked for.
+    """
+    common.words("minigpt_v2", variant, *WORDS)
+    config = common.system(
+        "minigpt_v2",
+        c.Model(
+            published("blip2-g14", image_size=448, keep_class=False),
+            Connector("linear", pool="adjacent", factor=4),
+            decoder("llama2-7b"),
+        ),
+        # 256 visual tokens and at most 1024 of text (minigptv2_finetune.yaml)
+        tokens=1280,
+        rows=96,
+    )
+    common.freeze(config, common.ENCODERS)
+    config.train.update(steps=50_000, lr=1e-5, end_lr=0.1, warmup_steps=1000, weight_decay=0.05)
+    return config

@@ -1,0 +1,47 @@
+"""mPLUG-Owl (Ye et al. 2023, arXiv 2304.14178): CLIP L/14, a visual abstractor, LLaMA-7B.
+
+The second stage; `align` is the first, which trains encoder and abstractor. The published recipe
+trains the decoder by LoRA, which is not here: it trains in full, at the rate of the scripts for
+that (train_it_wo_lora.sh).
+"""
+
+from configs import common
+from vlm_jax import config as c
+from vlm_jax.presets.connectors import resampler
+from vlm_jax.presets.decoders import decoder
+from vlm_jax.presets.encoder_sizes import published
+
+WORDS = (("", "align"),)
+
+
+def get_config(variant: str = ""):
+    """The second stage, or the first.
+
+    Raises:
+      ValueError: the variant is not known.
+    """
+    (stage,) = common.words("mplug_owl", variant, *WORDS)
+    config = common.system(
+        "mplug_owl",
+        c.Model(
+            published("clip-l14", norm_eps=1e-6, final_norm=True, keep_class=True),
+            resampler("mplug-owl"),
+            decoder("llama1-7b"),
+        ),
+        tokens=2048,
+    )
+    common.freeze(config, common.ENCODERS, r"connector/.*")
+    config.data.rows = 32
+    config.train.update(steps=4236, lr=1e-5, end_lr=0.1, warmup_steps=50, weight_decay=1e-4)
+    return align(config) if stage else config
+
+
+def align(config):
+    """The first stage: 2.1M tokens a batch."""
+    config.name += "-align"
+    common.freeze(config, common.DECODER)
+    common.captions(config)
+    config.data.update(rows=1024, images_per_row=16)
+    config.train.update(steps=50_000, lr=1e-4, warmup_steps=2000, weight_decay=0.1)
+    config.train.update(end_lr=0.0, b2=0.98, eps=1e-6)
+    return config

@@ -1,0 +1,48 @@
+"""Prismatic VLMs (Karamcheti et al. 2024, arXiv 2402.07865): one stage, features of the last block
+but one, base Llama 2.
+
+Variants: `dinosiglip` (joined along channels), `siglip`, `clip` or `dinov2`, and `7b` or `13b`.
+Images of 384 px are 378 here: their last six pixels have no patch. Data makes the first encoder's
+images only yet.
+"""
+
+from configs import common, llava15
+from vlm_jax.presets.connectors import Connector
+from vlm_jax.presets.decoders import decoder
+from vlm_jax.presets.encoder_sizes import published
+from vlm_jax.presets.encoders import Encoder
+
+
+def _encoder(name: str, **fields) -> Encoder:
+    return published(name, layer=-2, final_norm=False, **fields)
+
+
+SIGLIP = _encoder("siglip-so400m14-378")
+ENCODERS = {
+    "dinosiglip": (_encoder("dinov2-reg-l14", image_size=378), SIGLIP),
+    "siglip": (SIGLIP,),
+    "clip": (_encoder("clip-l14-336"),),
+    "dinov2": (_encoder("dinov2-reg-l14"),),
+}
+WORDS = (tuple(ENCODERS), ("7b", "13b"))
+SAMPLES = 1_231_000  # LLaVA-1.5's, LVIS-Instruct-4V and LRV-Instruct
+
+
+def get_config(variant: str = ""):
+    """The one stage, two epochs.
+
+    Raises:
+      ValueError: the variant is not known.
+    """
+    encoder, size = common.words("prismatic", variant, *WORDS)
+    config = llava15.get_config(size)
+    config.name = f"prismatic-{encoder}-{size}"
+    first, *others = ENCODERS[encoder]
+    language = decoder(f"llama2-{size}", vocab=32_064)
+    common.put(config, encoder=first, extra_encoders=tuple(others), decoder=language)
+    if others:
+        # fused-gelu-mlp (nn_utils.py): three layers, the first four times as wide as the features
+        hidden = 4 * sum(e.width for e in ENCODERS[encoder]), language.width
+        common.put(config, connector=Connector("mlp", layers=3, hidden=hidden))
+    common.epochs(config, rows=128, samples=SAMPLES, times=2, lr=2e-5, weight_decay=0.1)
+    return config

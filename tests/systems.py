@@ -1,0 +1,78 @@
+"""The configs of published systems, and the parameters of their parts."""
+
+import collections
+import dataclasses
+import functools
+import importlib
+import json
+import math
+import pathlib
+from typing import Any
+
+from configs import common
+from vlm_jax import config as c
+from vlm_jax.models import params
+
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+OURS = ("emoji", "tiny", "vit_g")  # configs of no published system, without words
+
+
+def systems() -> list[str]:
+    """Every config file that has words of variants, with every variant: "llava15:13b-align"."""
+    return [
+        f"{path.stem}:{variant}"
+        for path in sorted(CONFIGS.glob("*.py"))
+        if hasattr(_module(path.stem), "WORDS")
+        for variant in common.variants(*_module(path.stem).WORDS)
+    ]
+
+
+def _module(file: str):
+    return importlib.import_module(f"configs.{file}")
+
+
+@functools.cache
+def config(name: str) -> c.Config:
+    """The resolved config "file:variant"."""
+    file, _, variant = name.partition(":")
+    return c.resolve(_module(file).get_config(variant))
+
+
+@functools.cache
+def counts(model: c.Model) -> dict[str, int]:
+    """Parameters of "encoder" (all of them), "connector" and "decoder" (with what is fused)."""
+    found = collections.Counter()
+    for path, leaf in params.abstract(model).items():
+        part = path.split("/")[0]
+        found["encoder" if part == "extra_encoders" else part] += math.prod(leaf.shape)
+    return dict(found)
+
+
+def golden() -> dict[str, Any]:
+    """What a golden file holds: each config as its difference from the defaults, and those."""
+    defaults: dict[str, dict[str, Any]] = {}
+    others = [f"{path.stem}:" for path in sorted(CONFIGS.glob("*.py")) if path.stem in OURS]
+    return {
+        "configs": {name: _stated(config(name), defaults) for name in systems() + others},
+        "defaults": defaults,
+    }
+
+
+def _stated(value: Any, defaults: dict[str, dict[str, Any]]) -> Any:
+    """Plain data without the fields that have their default; notes the defaults by class."""
+    if dataclasses.is_dataclass(value):
+        known = {f.name: f.default for f in dataclasses.fields(value)}
+        defaults.setdefault(
+            type(value).__name__,
+            {k: _plain(d) for k, d in known.items() if d is not dataclasses.MISSING},
+        )
+        given = {k: getattr(value, k) for k in known}
+        return {k: _stated(v, defaults) for k, v in given.items() if v != known[k] or k == "kind"}
+    if isinstance(value, dict):
+        return {k: _stated(v, defaults) for k, v in value.items()}
+    return [_stated(v, defaults) for v in value] if isinstance(value, tuple) else value
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back."""
+    return json.loads(json.dumps(c.plain(value)))

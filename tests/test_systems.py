@@ -1,0 +1,185 @@
+"""The configs of published systems: they hold together, and have the published sizes."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import pytest
+import systems
+from jax import ShapeDtypeStruct
+
+from configs import common
+from vlm_jax.batch import Images
+from vlm_jax.data import pipeline
+from vlm_jax.models import params
+from vlm_jax.training import adaptation, objectives, optimizer
+
+GOLDEN = pathlib.Path(__file__).parent / "goldens" / "configs.json"
+SYSTEMS = systems.systems()
+# Systems of different structure.
+STRUCTURES = [
+    "bigger_encoders:b-7b",
+    "blip2:opt-2.7b",
+    "cambrian:8b",
+    "eagle:7b",
+    "idefics:9b",
+    "idefics2:64",
+    "instructblip:7b",
+    "llava:7b",
+    "llava_next:mistral-7b",
+    "minigpt_v2:",
+    "mplug_owl:",
+    "nanovlm:",
+    "openflamingo:9b",
+    "openflamingo:4b",
+    "paligemma2:3b-224",
+    "prismatic:dinosiglip-7b",
+    "smolvlm:256m",
+]
+
+# Encoder, connector, decoder and what is carried, counted in transformers' classes on the meta
+# device; test_systems_parity.py counts again.
+COUNTED = {
+    "llava15:7b": (290_909_184, 20_979_712, 6_738_939_904, 12_598_272),
+    "llava15:13b": (290_909_184, 31_467_520, 13_016_519_680, 12_598_272),
+    "llava_next:vicuna-7b": (290_909_184, 20_983_808, 6_738_939_904, 12_598_272),
+    "llava_next:vicuna-13b": (290_909_184, 31_472_640, 13_016_519_680, 12_598_272),
+    "llava_next:mistral-7b": (290_909_184, 20_983_808, 7_242_256_384, 12_598_272),
+    "blip2:opt-2.7b": (985_897_344, 107_130_880, 2_651_596_800, 54_912),
+    "blip2:opt-6.7b": (985_897_344, 108_312_064, 6_658_473_984, 54_912),
+    "instructblip:7b": (985_897_344, 188_834_560, 6_738_423_808, 54_912),
+    "instructblip:13b": (985_897_344, 189_622_016, 13_015_874_560, 54_912),
+    "idefics:9b": (630_763_520, 125_961_984, 8_172_951_568, 2560),
+    "idefics2:64": (417_792_240, 743_219_200, 7_241_756_672, 0),
+    "idefics3:8b": (412_926_192, 18_874_368, 8_030_285_824, 0),
+    "smolvlm:256m": (86_433_024, 7_077_888, 162_974_016, 0),
+    "smolvlm:500m": (86_433_024, 11_796_480, 409_252_800, 0),
+    "smolvlm:2.2b": (412_987_248, 21_233_664, 1_812_051_968, 0),
+    "paligemma:224": (412_442_352, 2_361_344, 2_508_662_784, 0),
+    "paligemma:448": (413_327_088, 2_361_344, 2_508_662_784, 0),
+    "paligemma:896": (416_866_032, 2_361_344, 2_508_662_784, 0),
+    "paligemma2:3b-224": (412_442_352, 2_656_512, 2_617_143_552, 0),
+    "paligemma2:10b-448": (413_327_088, 4_132_352, 9_246_064_128, 0),
+}
+
+# Billions of parameters as published, carried ones included.
+PUBLISHED = {
+    # model pages of the published folders (llava-hf, Salesforce, HuggingFaceM4, HuggingFaceTB,
+    # google)
+    "llava15:7b": "7.06",
+    "llava15:13b": "13.35",
+    "llava_next:mistral-7b": "7.57",
+    "blip2:opt-2.7b": "3.74",
+    "blip2:opt-6.7b": "7.75",
+    "idefics:9b": "8.93",
+    "idefics2:64": "8.4",
+    "idefics3:8b": "8.46",
+    "smolvlm:256m": "0.256",
+    "smolvlm:2.2b": "2.25",
+    "paligemma:224": "2.92",
+    # README of v0.1
+    "nanovlm:": "0.222",
+}
+# Millions of trainable parameters: the table of BLIP-2's paper on visual question answering.
+TRAINABLE = {"blip2:opt-2.7b": 107, "blip2:opt-6.7b": 108}
+
+
+@pytest.mark.parametrize("file", sorted({name.partition(":")[0] for name in SYSTEMS}))
+def test_every_variant_resolves_trains_what_it_says_and_is_built(file):
+    """On abstract shapes; `pytest -s` shows the parts in millions of parameters."""
+    for name in SYSTEMS:
+        if name.partition(":")[0] == file:
+            config = systems.config(name)
+            plan = adaptation.plan(params.abstract(config.model), config.adaptation)
+            optimizer.schedule(config.train)
+            parts = systems.counts(config.model) | {"total": 0}
+            parts["total"] = sum(parts.values())
+            assert parts.keys() == {"encoder", "connector", "decoder", "total"}
+            shown = "".join(f"{part:>11}{size / 1e6:10.1f}" for part, size in parts.items())
+            print(f"{name:24}{shown}{len(plan.lr):>6} leaves train")
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_parts_have_the_parameters_that_transformers_has(name):
+    encoder, connector, decoder, _ = COUNTED[name]
+    expected = {"encoder": encoder, "connector": connector, "decoder": decoder}
+    assert systems.counts(systems.config(name).model) == expected
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_whole_has_the_published_size(name):
+    total = sum(systems.counts(systems.config(name).model).values())
+    total += COUNTED.get(name, (0, 0, 0, 0))[3]
+    decimals = len(PUBLISHED[name].partition(".")[2])
+    assert f"{total / 1e9:.{decimals}f}" == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("name", TRAINABLE)
+def test_blip2_trains_what_its_paper_says(name):
+    config = systems.config(name)
+    flat = params.abstract(config.model)
+    plan = adaptation.plan(flat, config.adaptation)
+    assert round(sum(flat[path].size for path in plan.lr) / 1e6) == TRAINABLE[name]
+
+
+def test_minigpt4_trains_one_linear_layer():
+    config = systems.config("minigpt4:13b")
+    plan = adaptation.plan(params.abstract(config.model), config.adaptation)
+    assert set(plan.lr) == {"connector/project/kernel", "connector/project/bias"}
+
+
+def batch_of(config):
+    """One row as the pipeline makes it, abstract; it makes the first encoder's images only."""
+    one = dataclasses.replace(config.data, rows=1, pool=2, threads=0)
+    with pipeline.train_stream(dataclasses.replace(config, data=one)) as stream:
+        batch, _ = next(stream)
+    assert (batch.loss_weights > 0).any()
+    assert (batch.visual_index >= 0).any() == config.model.visual_in_sequence
+    extra = tuple(images_of(e, one.images_per_row) for e in config.model.extra_encoders)
+    return jax.tree.map(lambda x: ShapeDtypeStruct(x.shape, x.dtype), batch)._replace(
+        extra_images=extra
+    )
+
+
+def images_of(encoder, images: int) -> Images:
+    """What an encoder reads of one row, abstract."""
+    grids = ShapeDtypeStruct((1, images, 2), "int32")
+    if encoder.reads == "pixels":
+        return Images(grids, ShapeDtypeStruct((1, images, *encoder.size, 3), "float32"))
+    places = 1, images * encoder.patches
+    return Images(
+        grids,
+        patches=ShapeDtypeStruct((*places, encoder.patch**2 * 3), "float32"),
+        patch_positions=ShapeDtypeStruct((*places, 2), "int32"),
+        patch_images=ShapeDtypeStruct(places, "int32"),
+    )
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_the_loss_of_a_batch_fits_together_at_full_size(name):
+    config = systems.config(name)
+
+    def loss(flat, batch):
+        return objectives.losses(params.build(config.model, flat), batch, config)[0]
+
+    shape = jax.eval_shape(loss, params.abstract(config.model), batch_of(config))
+    assert shape.shape == () and shape.dtype == "float32"
+
+
+def test_configs_are_as_recorded():
+    """tests/make_config_goldens.py records them anew; new fields with defaults change nothing."""
+    recorded, found = json.loads(GOLDEN.read_text()), systems.golden()
+    assert json.loads(json.dumps(found["configs"])) == recorded["configs"]
+    for kind, fields in recorded["defaults"].items():
+        known = found["defaults"][kind]
+        assert {field: known.get(field) for field in fields} == fields, kind
+
+
+def test_variants_leave_out_what_is_first_and_refuse_unknown_words():
+    choices = ("7b", "13b"), ("", "align")
+    assert common.words("llava15", "", *choices) == ("7b", "")
+    assert common.words("llava15", "align", *choices) == ("7b", "align")
+    assert common.words("llava15", "13b-align", *choices) == ("13b", "align")
+    with pytest.raises(ValueError, match="no variant '70b'; it has: 7b, 7b-align, 13b, 13b-align"):
+        common.words("llava15", "70b", *choices)
