@@ -1,9 +1,8 @@
 """Cambrian-1 (Tong et al. 2024, arXiv 2406.16860): four frozen encoders, the Spatial Vision
-Aggregator, 24 x 25 visual tokens.
+Aggregator, 24 x 25 visual tokens, samplers in the decoder.
 
-Variants: `8b` (Llama 3 8B Instruct) or `13b` (Vicuna-1.5); with `align` the first stage. Its
-samplers between the decoder's layers are not part of it yet, and data makes the first encoder's
-images only. Images of 384 px are 378 here: their last six pixels have no patch.
+Variants: `8b` (Llama 3 8B Instruct) or `13b` (Vicuna-1.5); with `align` the first stage.
+Images of 384 px are 378 here: their last six pixels have no patch.
 """
 
 from configs import common, llava15
@@ -11,7 +10,7 @@ from vlm_jax import config as c
 from vlm_jax.presets.convnets import convnext
 from vlm_jax.presets.decoders import decoder
 from vlm_jax.presets.encoder_sizes import published
-from vlm_jax.presets.sva import CAMBRIAN
+from vlm_jax.presets.sva import CAMBRIAN, CAMBRIAN_SAMPLERS
 
 DECODERS = {"8b": "llama3-8b", "13b": "llama2-13b"}
 WORDS = (tuple(DECODERS), ("", "align"))
@@ -36,6 +35,7 @@ def get_config(variant: str = ""):
         ),
         connector=CAMBRIAN,
         decoder=decoder(DECODERS[size]),
+        samplers=CAMBRIAN_SAMPLERS[size],
     )
     common.epochs(config, rows=512, samples=7_000_000, lr=4e-5)
     return align(config) if stage else config
@@ -44,7 +44,7 @@ def get_config(variant: str = ""):
 def align(config):
     """The first stage; the aggregator's attention learns at a tenth of the projections' rate."""
     llava15.align(config, rows=512, samples=2_500_000)
-    attention = c.Rule(r"connector/(query|stack/.*)", lr=0.1)
+    attention = c.Rule(r"(samplers|connector/(query|stack))(/.*)?", lr=0.1)
     common.freeze(config, common.ENCODERS, common.DECODER, rules=(attention, *c.FULL))
     config.train.warmup_steps = int(0.06 * config.train.steps)
     return config

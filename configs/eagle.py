@@ -3,7 +3,6 @@ channels, a two-layer MLP, Vicuna-1.5.
 
 Variants: `7b` or `13b`; with `align` the first stage. Where it differs from the published system:
 SAM's features are resized, not gathered in squares; EVA-02 has no windows. Batches are LLaVA-1.5's.
-Data makes the first encoder's images only yet.
 """
 
 from configs import common, llava15

@@ -2,8 +2,7 @@
 but one, base Llama 2.
 
 Variants: `dinosiglip` (joined along channels), `siglip`, `clip` or `dinov2`, and `7b` or `13b`.
-Images of 384 px are 378 here: their last six pixels have no patch. Data makes the first encoder's
-images only yet.
+Images of 384 px are 378 here: their last six pixels have no patch.
 """
 
 from configs import common, llava15
