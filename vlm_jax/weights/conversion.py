@@ -1,5 +1,6 @@
 """From published folders to ours and back, tensor by tensor, so that memory holds one at a time."""
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -269,9 +270,19 @@ def export_folder(stored: store.Stored, target: Path, model_type: str = "") -> N
     target.mkdir(parents=True, exist_ok=True)
     files.write_shards(target, tensors, pieces)
     copy_kept(stored.path / store.SOURCE, target)
-    config = _merged(stored.published, known.write(stored.model))
+    config = _config(stored, known, model_type)
     config |= {"architectures": [known.architecture], "dtype": str(_main_dtype(tensors))}
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _config(stored: store.Stored, known: Family, model_type: str) -> dict[str, Any]:
+    """config.json as it came where that says what the model is, else with what we write."""
+    published = dict(stored.published)
+    if published.get("model_type") == model_type:
+        with contextlib.suppress(ConfigError, KeyError, TypeError, ValueError, ZeroDivisionError):
+            if known.read(published) == stored.model:
+                return published
+    return _merged(published, known.write(stored.model))
 
 
 def _merged(published: Mapping[str, Any], written: Mapping[str, Any]) -> dict[str, Any]:

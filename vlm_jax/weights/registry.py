@@ -9,7 +9,15 @@ from typing import Any
 from vlm_jax.config import Model
 from vlm_jax.errors import ConfigError
 from vlm_jax.weights import inputs, towers
-from vlm_jax.weights.families import big_vision, llava
+from vlm_jax.weights.families import (
+    big_vision,
+    idefics2,
+    idefics3,
+    llava,
+    llava_next,
+    paligemma,
+    smolvlm,
+)
 from vlm_jax.weights.tables import Row, placed
 
 
@@ -26,6 +34,7 @@ class Family:
       ignored: patterns of names that are no weights.
       inputs: model, config.json and arrays of `forward` -> prompts.
       renames: model -> patterns and replacements, applied in order to names of other folders.
+      fitted: model, arrays of `forward` -> the model for pictures of the size that they have.
     """
 
     architecture: str
@@ -36,6 +45,7 @@ class Family:
     inputs: Callable[[Model, Mapping[str, Any], inputs.Arrays], inputs.Prompts]
     ignored: tuple[str, ...] = ()
     renames: Callable[[Model], tuple[tuple[str, str], ...]] = lambda model: ()
+    fitted: Callable[[Model, inputs.Arrays], Model] = lambda model, arrays: model
 
 
 # Buffers that older versions of transformers stored.
@@ -71,7 +81,8 @@ def _system(module: ModuleType) -> Family:
         carried=module.carried,
         inputs=module.inputs,
         ignored=BUFFERS,
-        renames=module.renames,
+        renames=getattr(module, "renames", lambda model: ()),
+        fitted=getattr(module, "fitted", lambda model, arrays: model),
     )
 
 
@@ -87,6 +98,11 @@ FAMILIES = {
     "mpt": _decoder("mpt", "MptForCausalLM"),
     "gpt_neox": _decoder("gpt_neox", "GPTNeoXForCausalLM", ((r"^embed_out\.", "lm_head."),)),
     "llava": _system(llava),
+    "llava_next": _system(llava_next),
+    "paligemma": _system(paligemma),
+    "idefics2": _system(idefics2),
+    "idefics3": _system(idefics3),
+    "smolvlm": _system(smolvlm),
 }
 
 
