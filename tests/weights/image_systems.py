@@ -8,20 +8,20 @@ from transformers.models.llava_next import modeling_llava_next as llava_next
 
 Arrays = dict[str, NDArray]
 _TEXT = {
-    "hidden_size": 12,
+    "hidden_size": 9,
     "num_hidden_layers": 2,
-    "intermediate_size": 20,
+    "intermediate_size": 14,
     "num_attention_heads": 3,
     "num_key_value_heads": 1,
     "head_dim": 6,
     "pad_token_id": None,
 }
 _VISION = {
-    "hidden_size": 12,
-    "num_hidden_layers": 3,
+    "hidden_size": 6,
+    "num_hidden_layers": 2,
     "num_attention_heads": 3,
-    "intermediate_size": 20,
-    "patch_size": 4,
+    "intermediate_size": 14,
+    "patch_size": 2,
     "layer_norm_eps": 1e-3,
 }
 
@@ -59,7 +59,7 @@ def _llava_next(vision: dict, text: dict, side: int, **fields):
         image_seq_length=(side // patch) ** 2,
         **fields,
     )
-    sizes = [(side + 1, 3 * side - 2), (4 * side, side + 3), (9, 7)]
+    sizes = [(side + 1, 3 * side - 2), (4 * side, side + 3), (side - 2, side - 3)]
 
     def tokens(size: tuple[int, int]) -> int:
         tiles = llava_next.get_anyres_image_grid_shape(size, pinpoints, side)
@@ -80,7 +80,7 @@ def _paligemma(text: dict, image: int, typed: bool = True):
     """A prefix that sees both ways and, in two rows, a suffix that does not."""
     config = transformers.PaliGemmaConfig(
         vision_config=transformers.AutoConfig.for_model(
-            "siglip_vision_model", **_VISION, image_size=12, vision_use_head=False
+            "siglip_vision_model", **_VISION, image_size=6, vision_use_head=False
         ),
         text_config=transformers.AutoConfig.for_model(**text),
         image_token_index=image,
@@ -92,13 +92,13 @@ def _paligemma(text: dict, image: int, typed: bool = True):
         found = with_pictures(image, (9, 9, 9))
         types = np.zeros_like(found["input_ids"])
         types[0, -3:] = types[2, -1:] = 1
-        found["pixel_values"] = _noise(rng, 3, 3, 12, 12)
+        found["pixel_values"] = _noise(rng, 3, 3, 6, 6)
         return found | ({"token_type_ids": types} if typed else {})
 
     return config, inputs
 
 
-def _ragged(image: int, tokens: int, size: tuple[int, int], real: list, partial: int | None):
+def _ragged(image: int, tokens: int, size: tuple[int, int], real: list, masked: bool):
     """Pictures [3, 2, 3, H, W], some of them padding.
 
     Args:
@@ -106,7 +106,7 @@ def _ragged(image: int, tokens: int, size: tuple[int, int], real: list, partial:
       tokens: visual tokens of a picture.
       size: height and width in pixels.
       real: of three pictures, row and slot, and height and width in pixels that are there.
-      partial: whether `pixel_attention_mask` is given.
+      masked: whether `pixel_attention_mask` is given.
     """
 
     def inputs(rng: np.random.Generator) -> Arrays:
@@ -116,31 +116,32 @@ def _ragged(image: int, tokens: int, size: tuple[int, int], real: list, partial:
             pixels[row, slot] = _noise(rng, 3, *size)
             mask[row, slot, :height, :width] = 1
         found = with_pictures(image, (tokens,) * 3) | {"pixel_values": pixels}
-        return found | ({"pixel_attention_mask": mask} if partial else {})
+        return found | ({"pixel_attention_mask": mask} if masked else {})
 
     return inputs
 
 
 def _idefics2(masked: bool):
     config = transformers.Idefics2Config(
-        vision_config={**_VISION, "image_size": 20},
+        vision_config={**_VISION, "image_size": 10},
         text_config={
             **_TEXT, "model_type": "mistral", "vocab_size": 37, "sliding_window": 4,
             "rms_norm_eps": 1e-3,
         },
         perceiver_config={
-            "hidden_size": 12, "rms_norm_eps": 1e-2, "resampler_n_latents": 3,
+            "hidden_size": 9, "rms_norm_eps": 1e-2, "resampler_n_latents": 3,
             "resampler_depth": 2, "resampler_n_heads": 4, "resampler_head_dim": 5,
             "num_key_value_heads": 2, "hidden_act": "gelu",
         },
         image_token_id=36,
     )  # fmt: skip
     # 6 x 4 places for patches over a table of 5 x 5; an edge inside a patch drops it.
-    real = [(0, 0, 24, 11), (0, 1, 13, 16), (1, 1, 20, 16)]
-    return config, _ragged(36, 3, (25, 16), real, masked)
+    real = [(0, 0, 12, 5), (0, 1, 7, 8), (1, 1, 10, 8)]
+    return config, _ragged(36, 3, (13, 8), real, masked)
 
 
-def _idefics3(config_class, vision: str, side: int, pixels: int, factor: int, **fields):
+def _idefics3(config_class, side: int, pixels: int, factor: int, masked: bool, **fields):
+    """Pictures of so many pixels before a table of positions for `side` pixels."""
     config = config_class(
         vision_config={**_VISION, "image_size": side},
         text_config={**_TEXT, "model_type": "llama", "vocab_size": 41, "rms_norm_eps": 1e-3},
@@ -148,10 +149,10 @@ def _idefics3(config_class, vision: str, side: int, pixels: int, factor: int, **
         scale_factor=factor,
         **fields,
     )
-    tokens = (pixels // 4 // factor) ** 2
+    tokens = (pixels // 2 // factor) ** 2
     # An edge inside a patch keeps it.
-    real = [(0, 0, pixels, 11), (0, 1, 13, pixels - 3), (1, 1, pixels, pixels)]
-    return config, _ragged(40, tokens, (pixels, pixels), real, vision == "masked")
+    real = [(0, 0, pixels, 5), (0, 1, 7, pixels - 1), (1, 1, pixels, pixels)]
+    return config, _ragged(40, tokens, (pixels, pixels), real, masked)
 
 
 _LLAMA = {**_TEXT, "model_type": "llama", "vocab_size": 37}
@@ -168,14 +169,13 @@ _gemma2 = {**_TEXT, "model_type": "gemma2", "vocab_size": 33, **_GEMMA2}
 
 # By name: the config, and what makes inputs from a generator.
 MADE = {
-    "llava_next": _llava_next({**_VISION, "model_type": "clip_vision_model"}, _LLAMA, 12),
-    # 14 pixels are three patches and a rest that nothing looks at.
+    "llava_next": _llava_next({**_VISION, "model_type": "clip_vision_model"}, _LLAMA, 6),
     "llava_next_siglip": _llava_next(
         _SIGLIP,
         {**_LLAMA, "model_type": "mistral", "sliding_window": 5},
-        14,
+        6,
         vision_feature_select_strategy="full",
-        vision_feature_layer=2,
+        vision_feature_layer=1,
         projector_hidden_act="relu",
     ),
     # A placeholder beyond the vocabulary, as none of its rows stands for pictures.
@@ -184,6 +184,8 @@ MADE = {
     "paligemma2": _paligemma(_gemma2, 32),
     "idefics2": _idefics2(masked=True),
     "idefics2_whole": _idefics2(masked=False),
-    "idefics3": _idefics3(transformers.Idefics3Config, "masked", 24, 36, 3),
-    "smolvlm": _idefics3(transformers.SmolVLMConfig, "whole", 16, 16, 2, tie_word_embeddings=True),
+    "idefics3": _idefics3(transformers.Idefics3Config, 12, 18, 3, masked=True),
+    "smolvlm": _idefics3(
+        transformers.SmolVLMConfig, 8, 8, 2, masked=False, tie_word_embeddings=True
+    ),
 }
