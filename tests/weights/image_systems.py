@@ -98,6 +98,28 @@ def _paligemma(text: dict, image: int, typed: bool = True):
     return config, inputs
 
 
+def _gemma3():
+    """Two pictures side by side are one block, which windows shorter than a picture divide."""
+    text = {**_TEXT, "vocab_size": 29, "num_hidden_layers": 3, "query_pre_attn_scalar": 5}
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    config = transformers.Gemma3Config(
+        vision_config=transformers.AutoConfig.for_model(
+            "siglip_vision_model", **_VISION, image_size=12, vision_use_head=False
+        ),
+        text_config={**text, "sliding_window": 4, "layer_types": kinds},
+        mm_tokens_per_image=9,
+        image_token_index=28,
+    )
+
+    def inputs(rng: np.random.Generator) -> Arrays:
+        found = prompts([[5, *[28] * 18, 7], [4, *[28] * 9, 7, *[28] * 9, 8], [3, 5, 7, 9]])
+        types = (found["input_ids"] == 28).astype(np.int64)
+        pixels = _noise(rng, 4, 3, 12, 12)
+        return {**found, "token_type_ids": types, "pixel_values": pixels}
+
+    return config, inputs
+
+
 def _ragged(image: int, tokens: int, size: tuple[int, int], real: list, masked: bool):
     """Pictures [3, 2, 3, H, W], some of them padding.
 
@@ -182,6 +204,7 @@ MADE = {
     "paligemma": _paligemma(_gemma, 35),
     "paligemma_causal": _paligemma(_gemma, 30, typed=False),
     "paligemma2": _paligemma(_gemma2, 32),
+    "gemma3": _gemma3(),
     "idefics2": _idefics2(masked=True),
     "idefics2_whole": _idefics2(masked=False),
     "idefics3": _idefics3(transformers.Idefics3Config, 12, 18, 3, masked=True),

@@ -34,7 +34,7 @@ class Decoder:
         how many turns within it mark slow and fast frequencies; 0 = all are divided (linear).
       window: how far "local" layers look back, themselves included; 0 = to the start.
       window_in_blocks: whether the window holds between tokens of one block too, which see each
-        other both ways (Google's Gemma 3); transformers' PaliGemma 2 and Gemma 3 lift it there.
+        other both ways (Gemma 3); transformers' PaliGemma 2 lifts it there.
       pattern: "global" or "local" for each layer, over and over.
       local_theta: `rope_theta` of local layers, which are never scaled; 0 = as global ones (Gemma 3
         differs).

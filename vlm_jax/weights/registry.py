@@ -11,6 +11,7 @@ from vlm_jax.errors import ConfigError
 from vlm_jax.weights import inputs, towers
 from vlm_jax.weights.families import (
     big_vision,
+    gemma3,
     idefics2,
     idefics3,
     llava,
@@ -100,6 +101,7 @@ FAMILIES = {
     "llava": _system(llava),
     "llava_next": _system(llava_next),
     "paligemma": _system(paligemma),
+    "gemma3": _system(gemma3),
     "idefics2": _system(idefics2),
     "idefics3": _system(idefics3),
     "smolvlm": _system(smolvlm),
