@@ -88,6 +88,22 @@ PUBLISHED = {
         },
         3.03e9,
     ),
+    "google/gemma-3-4b-it": (
+        {
+            "model_type": "gemma3",
+            "mm_tokens_per_image": 256,
+            "text_config": {
+                "hidden_size": 2560,
+                "intermediate_size": 10_240,
+                "model_type": "gemma3_text",
+                "num_hidden_layers": 34,
+                "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+                "sliding_window": 1024,
+            },
+            "vision_config": SO400M | {"image_size": 896, "vision_use_head": False},
+        },
+        4.30e9,
+    ),
     "HuggingFaceM4/idefics2-8b": (
         {
             "model_type": "idefics2",
@@ -156,7 +172,9 @@ PUBLISHED = {
         256e6,
     ),
 }
-GOLDENS = ("llava_next", "paligemma", "paligemma2", "idefics2", "idefics3", "smolvlm")
+GOLDENS = (
+    "llava_next", "paligemma", "paligemma2", "gemma3", "idefics2", "idefics3", "smolvlm",
+)  # fmt: skip
 
 
 def system(hf: dict):
