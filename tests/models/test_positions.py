@@ -29,6 +29,21 @@ def test_slopes_are_the_powers_of_the_paper():
     assert len(set(positions.slopes(6).tolist())) == 6
 
 
+def test_a_window_holds_within_blocks_unless_the_preset_lifts_it_there():
+    together = np.zeros((1, 1, 6, 6), bool)
+    together[..., :4, :4] = True
+    fields = {"window": 2, "pattern": ("local",)}
+    held, lifted = (
+        dataclasses.replace(MODEL.decoder, **fields, window_in_blocks=held)
+        for held in (True, False)
+    )
+    mask = jnp.ones((1, 1, 6, 6), bool)
+    seen = np.asarray(positions.view(held, "local", mask, AT, AT).mask)[0, 0]
+    assert seen[3, :4].tolist() == [False, False, True, True]
+    seen = np.asarray(positions.view(lifted, "local", mask, AT, AT, together).mask)[0, 0]
+    assert seen[:4, :4].all() and not seen[3, 4:].any()
+
+
 def test_a_window_counts_back_in_the_document_and_hides_nothing_ahead():
     fields = {"window": 2, "pattern": ("local", "global")}
     seen = np.asarray(view("local", **fields).mask)[0, 0]

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import alone_cases
 import goldens
+import image_systems
 import numpy as np
 import torch
 import transformers
@@ -218,6 +219,10 @@ _CLIP = {
 _LLAMA = {"model_type": "llama", "vocab_size": 37, "pad_token_id": None, **_SIZES}
 
 CASES = {
+    **{
+        name: Case(config, inputs, transformers.AutoModelForImageTextToText)
+        for name, (config, inputs) in image_systems.MADE.items()
+    },
     "llava": _llava(_CLIP, _LLAMA, 9, 12),
     "llava_full": _llava(
         _CLIP,

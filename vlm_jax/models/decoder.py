@@ -146,6 +146,7 @@ class LanguageModel(nnx.Module):
         key_positions: Int[Array, "B S"] | None = None,
         key: Array | None = None,
         hook: Hook | None = None,
+        together: Bool[Array, "B 1 T S"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """Hidden states before the final norm, and the cache with this call's keys and values.
 
@@ -158,6 +159,7 @@ class LanguageModel(nnx.Module):
           key_positions: of all slots of the cache; by default those of `x`.
           key: dropout's; None = evaluation.
           hook: blocks that stand between layers, such as those that `cross.hook` gives.
+          together: where query and key are of one block, read unless `window_in_blocks` is set.
         """
         keys = (None,) * 2 if key is None else jax.random.split(key)
         if self.positions is not None:
@@ -166,7 +168,9 @@ class LanguageModel(nnx.Module):
         x = drop(x, self.decoder.dropout, keys[0])
         key_positions = positions if key_positions is None else key_positions
         kinds = sorted(set(self.decoder.layers))
-        views = [view(self.decoder, kind, mask, positions, key_positions) for kind in kinds]
+        together = None if self.decoder.window_in_blocks else together
+        places = mask, positions, key_positions, together
+        views = [view(self.decoder, kind, *places) for kind in kinds]
         which = np.array([kinds.index(kind) for kind in self.decoder.layers])
 
         def apply(block, carry, inputs, key):

@@ -31,19 +31,22 @@ def view(
     mask: Bool[Array, "B 1 T S"],
     positions: Int[Array, "B T"],
     key_positions: Int[Array, "B S"],
+    together: Bool[Array, "B 1 T S"] | None = None,
 ) -> View:
     """What "global" or "local" layers of a decoder know.
 
     Args:
       decoder: its position fields are read.
       layer: "global" or "local".
-      mask: where a query may look but for a window, which holds within blocks too (Gemma 3).
+      mask: where a query may look but for a window.
       positions: of the queries, counted within each document.
       key_positions: of all keys that `mask` speaks of.
+      together: where query and key are of one block; None = nowhere, or the window holds there too.
     """
     back = positions[:, None, :, None] - key_positions[:, None, None, :]
     if layer == "local" and decoder.window:
-        mask = mask & (back < decoder.window)
+        near = back < decoder.window
+        mask = mask & (near if together is None else near | together)
     sin = cos = distance = None
     if decoder.position == "rotary":
         angles = positions[..., None, None].astype(jnp.float32) * frequencies(decoder, layer)

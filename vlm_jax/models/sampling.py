@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from vlm_jax.batch import Batch
 from vlm_jax.models.sva import Visual
-from vlm_jax.models.vlm import VLM, attention_mask
+from vlm_jax.models.vlm import VLM, attention_mask, block_mask
 from vlm_jax.presets.generation import Generation
 
 # Added to the score of a hypothesis that must not be chosen.
@@ -90,13 +90,15 @@ def _prefill(vlm: VLM, batch: Batch, visual, options: Generation):
     rows, prompt = batch.tokens.shape
     lengths = (batch.segments > 0).sum(axis=1)
     cache = vlm.empty_cache(rows, prompt + new, visual)
+    grow = lambda mask: jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (0, new)))  # noqa: E731
     hidden, cache = vlm.decoder(
         vlm.fuse(batch, visual),
         batch.positions,
-        jnp.pad(attention_mask(batch), ((0, 0), (0, 0), (0, 0), (0, new))),
+        grow(attention_mask(batch)),
         cache,
         key_positions=jnp.pad(batch.positions, ((0, 0), (0, new))),
         hook=vlm.hook(batch.image_index, visual, cache, batch.visual_index),
+        together=grow(block_mask(batch)),
     )
     last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
     logits = vlm.unembed(last)[:, 0]

@@ -107,7 +107,8 @@ class VLM(nnx.Module):
         """Hidden states of the decoder; `visual` is None where no token stands for an image."""
         x = self.fuse(batch, visual)
         hook = self.hook(batch.image_index, visual, visual_index=batch.visual_index)
-        x, _ = self.decoder(x, batch.positions, attention_mask(batch), key=dropout, hook=hook)
+        masks = {"mask": attention_mask(batch), "together": block_mask(batch)}
+        x, _ = self.decoder(x, batch.positions, **masks, key=dropout, hook=hook)
         return x
 
     def hook(
@@ -175,12 +176,18 @@ def tokens_of(visual: Float[Array, "B N Q D"] | Visual) -> Float[Array, "B N Q D
 
 def attention_mask(batch: Batch) -> Bool[Array, "B 1 T T"]:
     """True where a token may look: at its own document's past, and at all of its own block."""
-    segments, blocks = batch.segments, batch.blocks
-    same_document = segments[:, :, None] == segments[:, None, :]
-    same_block = (blocks[:, :, None] == blocks[:, None, :]) & (blocks[:, :, None] > 0)
+    segments = batch.segments
+    same_document = segments[:, None, :, None] == segments[:, None, None, :]
     order = jnp.arange(segments.shape[1])
     past = order[:, None] >= order[None, :]
-    return (same_document & (past | same_block))[:, None]
+    return same_document & (past | block_mask(batch))
+
+
+def block_mask(batch: Batch) -> Bool[Array, "B 1 T T"]:
+    """True where two tokens have one block id: of one block, where they are of one document."""
+    blocks = batch.blocks
+    same = (blocks[:, :, None] == blocks[:, None, :]) & (blocks[:, :, None] > 0)
+    return same[:, None]
 
 
 def target_weights(batch: Batch) -> Float[Array, "B T"]:

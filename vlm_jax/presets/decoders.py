@@ -33,6 +33,8 @@ class Decoder:
       rope_original, rope_low, rope_high: of Llama 3's scaling, the context it was trained for and
         how many turns within it mark slow and fast frequencies; 0 = all are divided (linear).
       window: how far "local" layers look back, themselves included; 0 = to the start.
+      window_in_blocks: whether the window holds between tokens of one block too, which see each
+        other both ways (Gemma 3); transformers' PaliGemma 2 lifts it there.
       pattern: "global" or "local" for each layer, over and over.
       local_theta: `rope_theta` of local layers, which are never scaled; 0 = as global ones (Gemma 3
         differs).
@@ -74,6 +76,7 @@ class Decoder:
     rope_low: float = 1.0
     rope_high: float = 4.0
     window: int = 0
+    window_in_blocks: bool = True
     pattern: tuple[str, ...] = ("global",)
     local_theta: float = 0.0
     embed_root: bool = False

@@ -39,8 +39,8 @@ def run(
     Raises:
       ConfigError, DataError: the arrays are not what the model takes.
     """
-    model = exact(stored.model)
     known = registry.family(stored.family)
+    model = known.fitted(exact(stored.model), arrays)
     places = dict.fromkeys(params.abstract(model), jax.sharding.SingleDeviceSharding(_device()))
     leaves = store.load(stored, places, dict.fromkeys(places, np.float32))
     if model.text is not None:

@@ -13,6 +13,18 @@ Arrays = Mapping[str, np.ndarray]
 TEXT = ("input_ids", "attention_mask")
 
 
+class Picture(NamedTuple):
+    """How a picture stands in the sequence.
+
+    Attributes:
+      images: into how many images of the batch it was cut.
+      tokens: which of their visual tokens stand there, counted from the first of its images.
+    """
+
+    images: int
+    tokens: np.ndarray
+
+
 class Prompts(NamedTuple):
     """Prompts with their padding moved to the right.
 
@@ -98,8 +110,48 @@ def pictures(encoder, pixels: np.ndarray) -> Images:
     )
 
 
+def padded_pictures(encoder, arrays: Arrays, whole: bool) -> Images:
+    """Pictures `pixel_values` [B, N, 3, H, W] of their own sizes, each in a row of its own.
+
+    Pictures that are all zero are padding. `pixel_attention_mask` [B, N, H, W] says which pixels
+    are there; by default all are.
+
+    Args:
+      encoder: of that size, with room for a patch at every place.
+      arrays: by keyword.
+      whole: whether only patches whose pixels are all there count, or any of which one is.
+
+    Raises:
+      DataError: an array is of another shape, or no patch of a picture counts.
+    """
+    pixels = array(arrays, "pixel_values", 5).astype(np.float32)
+    mask = np.asarray(arrays.get("pixel_attention_mask", np.ones(1))) > 0
+    if "pixel_attention_mask" in arrays and mask.shape != (*pixels.shape[:2], *pixels.shape[3:]):
+        raise DataError(
+            f"pixel_attention_mask has shape {mask.shape}; pixel_values have {pixels.shape}"
+        )
+    real = (pixels != 0).any(axis=(2, 3, 4))
+    height, width = encoder.size
+    x = pixels[real][:, :, :height, :width].transpose(0, 2, 3, 1)
+    mask = np.broadcast_to(mask, (*pixels.shape[:2], *pixels.shape[3:]))[real]
+    squares = patchify(mask[:, :height, :width, None], encoder.patch)
+    there = squares.all(axis=-1) if whole else squares.any(axis=-1)
+    if not there.any(axis=-1).all():
+        raise DataError("pixel_attention_mask leaves no patch of an image")
+    grid = there.reshape(-1, *encoder.grid)
+    grids = np.stack([grid[:, :, 0].sum(axis=1), grid[:, 0].sum(axis=1)], axis=-1)
+    # Padding has the position of the first patch: connectors without a mask see what becomes of it.
+    positions = np.where(there[..., None], _positions(encoder.grid), 0)
+    return Images(
+        grids.astype(np.int32)[:, None],
+        patches=patchify(x, encoder.patch),
+        patch_positions=positions.astype(np.int32),
+        patch_images=np.where(there, 0, -1).astype(np.int32),
+    )
+
+
 def patchify(pixels: np.ndarray, patch: int) -> np.ndarray:
-    """Pictures [n, H, W, 3] as flattened patches [n, P, patch * patch * 3], row by row."""
+    """Pictures [n, H, W, C] as flattened patches [n, P, patch * patch * C], row by row."""
     n, height, width, channels = pixels.shape
     x = pixels.reshape(n, height // patch, patch, width // patch, patch, channels)
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(n, -1, patch * patch * channels)
@@ -109,34 +161,61 @@ def _positions(grid: tuple[int, int]) -> np.ndarray:
     return np.indices(grid, dtype=np.int32).reshape(2, -1).T
 
 
-def in_sequence(prompts: Prompts, model: Model, token: int, images: Images) -> Prompts:
-    """Prompts whose placeholders stand for the visual tokens of images, in reading order.
+def in_sequence(
+    prompts: Prompts,
+    model: Model,
+    token: int,
+    images: Images,
+    pictures: Sequence[Picture] | None = None,
+) -> Prompts:
+    """Prompts whose placeholders stand for the visual tokens of pictures, in reading order.
 
     Args:
       prompts: the text.
       model: says how many visual tokens an image has.
       token: id of the placeholder.
       images: one per row, in the order of the placeholders of all prompts.
+      pictures: what they are parts of; by default each is a picture whose visual tokens all stand
+        there.
 
     Raises:
-      DataError: there are not as many placeholders as visual tokens.
+      DataError: the placeholders of a row are not those of whole pictures.
     """
-    batch = prompts.batch
+    batch, per_image = prompts.batch, model.visual_tokens
+    if pictures is None:
+        pictures = [Picture(1, np.arange(per_image))] * len(images.grids)
     here = (batch.tokens == token) & (batch.segments > 0)
-    per_image, counts = model.visual_tokens, here.sum(axis=1)
-    if (counts % per_image).any() or counts.sum() != per_image * len(images.grids):
-        raise DataError(
-            f"{counts.tolist()} placeholders {token} in the rows of input_ids; expected "
-            f"{per_image} for each of {len(images.grids)} images"
-        )
-    index = np.where(here, np.cumsum(here, axis=1) - 1, -1).astype(np.int32)
+    owned = _owned(pictures, here.sum(axis=1), token)
+    index = np.full(here.shape, -1, np.int32)
+    for row, mine in enumerate(owned):
+        first = per_image * np.cumsum([0, *(picture.images for picture in mine)])
+        parts = [start + picture.tokens for start, picture in zip(first, mine, strict=False)]
+        index[row, here[row]] = np.concatenate([np.zeros(0, int), *parts])
     return prompts._replace(
         batch=batch._replace(
             visual_index=index,
             image_index=np.maximum.accumulate(index // per_image, axis=1),
-            images=rows_of(images, counts // per_image),
+            images=rows_of(images, [sum(picture.images for picture in mine) for mine in owned]),
         )
     )
+
+
+def _owned(pictures: Sequence[Picture], places: np.ndarray, token: int) -> list[list[Picture]]:
+    """The pictures of each row, which has so many places for visual tokens."""
+    found: list[list[Picture]] = [[] for _ in places]
+    sizes = [len(picture.tokens) for picture in pictures]
+    ends = np.cumsum(places)
+    for picture, end in zip(pictures, np.cumsum(sizes), strict=True):
+        row = int(np.searchsorted(ends, end))
+        if row < len(found):
+            found[row].append(picture)
+    taken = [sum(len(picture.tokens) for picture in mine) for mine in found]
+    if taken != places.tolist() or sum(taken) != sum(sizes):
+        raise DataError(
+            f"{places.tolist()} placeholders {token} in the rows of input_ids; expected "
+            f"{sizes} for {len(pictures)} images"
+        )
+    return found
 
 
 def rows_of(images: Images, counts: Sequence[int]) -> Images:

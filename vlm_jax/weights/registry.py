@@ -13,11 +13,17 @@ from vlm_jax.weights.families import (
     big_vision,
     clip,
     convnext,
+    gemma3,
+    idefics2,
+    idefics3,
     llava,
+    llava_next,
+    paligemma,
     pix2struct_vision_model,
     sam_vision_model,
     siglip,
     siglip2,
+    smolvlm,
 )
 from vlm_jax.weights.tables import Row, placed
 
@@ -36,6 +42,7 @@ class Family:
       inputs: model, config.json and arrays of `forward` -> prompts, or pictures where there is no
         decoder.
       renames: model -> patterns and replacements, applied in order to names of other folders.
+      fitted: model, arrays of `forward` -> the model for pictures of the size that they have.
     """
 
     architecture: str
@@ -46,6 +53,7 @@ class Family:
     inputs: Callable[[Model, Mapping[str, Any], inputs.Arrays], inputs.Prompts | pictures.Seen]
     ignored: tuple[str, ...] = ()
     renames: Callable[[Model], tuple[tuple[str, str], ...]] = lambda model: ()
+    fitted: Callable[[Model, inputs.Arrays], Model] = lambda model, arrays: model
 
 
 # Buffers that older versions of transformers stored.
@@ -99,7 +107,8 @@ def _system(module: ModuleType) -> Family:
         carried=module.carried,
         inputs=module.inputs,
         ignored=BUFFERS,
-        renames=module.renames,
+        renames=getattr(module, "renames", lambda model: ()),
+        fitted=getattr(module, "fitted", lambda model, arrays: model),
     )
 
 
@@ -115,6 +124,12 @@ FAMILIES = {
     "mpt": _decoder("mpt", "MptForCausalLM"),
     "gpt_neox": _decoder("gpt_neox", "GPTNeoXForCausalLM", ((r"^embed_out\.", "lm_head."),)),
     "llava": _system(llava),
+    "llava_next": _system(llava_next),
+    "paligemma": _system(paligemma),
+    "gemma3": _system(gemma3),
+    "idefics2": _system(idefics2),
+    "idefics3": _system(idefics3),
+    "smolvlm": _system(smolvlm),
     "clip": _system(clip),
     "siglip": _system(siglip),
     "siglip2": _system(siglip2),

@@ -51,6 +51,7 @@ FREE = (
     "std",
     "dropout",
     "drop_path",
+    "window_in_blocks",
     "dtype",
     "remat",
 )

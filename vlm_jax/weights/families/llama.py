@@ -35,7 +35,10 @@ class Traits:
 
 TRAITS = {
     "llama": Traits(biased="attention_bias"),
-    "mistral": Traits(defaults={"num_key_value_heads": 8, "sliding_window": 4096}, local="all"),
+    "mistral": Traits(
+        defaults={"intermediate_size": 14_336, "num_key_value_heads": 8, "sliding_window": 4096},
+        local="all",
+    ),
     "qwen2": Traits(
         {"qkv_bias": True}, {"num_key_value_heads": 32, "sliding_window": 4096}, local="late"
     ),

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlm_jax.config import Model
+from vlm_jax.errors import ConfigError
 from vlm_jax.weights import fields, towers
 from vlm_jax.weights import inputs as inputs_
 from vlm_jax.weights.families import llava_projector
@@ -44,6 +45,11 @@ def read(hf: Mapping[str, Any]) -> Model:
     encoder = towers.read(towers.ENCODERS, hf.get("vision_config") or {}, "clip_vision_model")
     # Hidden states are counted from the embeddings on, and taken before the last norm.
     layer = layer if layer < 0 else layer - encoder.depth - 1
+    if not SELECT[select] and not encoder.class_token:
+        raise ConfigError(
+            "vision_feature_select_strategy of config.json is 'default', which drops the first "
+            "feature; expected 'full', as the encoder has no class token"
+        )
     encoder = dataclasses.replace(
         encoder, layer=layer, final_norm=False, keep_class=SELECT[select] and encoder.class_token
     )
@@ -54,7 +60,7 @@ def read(hf: Mapping[str, Any]) -> Model:
 def write(model: Model) -> dict[str, Any]:
     """Fields of config.json: the inverse of `read`."""
     encoder = model.encoder
-    select = next(name for name, kept in SELECT.items() if kept == encoder.keep_class)
+    select = "default" if encoder.class_token and not encoder.keep_class else "full"
     return {
         "model_type": "llava",
         "vision_config": towers.write(towers.ENCODERS, encoder),

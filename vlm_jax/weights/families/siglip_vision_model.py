@@ -65,6 +65,6 @@ def read(hf: Mapping[str, Any]) -> Encoder:
 
 
 def write(preset: Encoder) -> dict[str, Any]:
-    """The vision_config of a preset; one without the head says so in what was published."""
-    theirs = vision.written(preset)
-    return {"model_type": "siglip_vision_model", **theirs, **FIXED}
+    """The vision_config of a preset; whether its folder has the head, computed or carried, is the
+    system's to say: by default it has."""
+    return {"model_type": "siglip_vision_model", **vision.written(preset), **FIXED}
