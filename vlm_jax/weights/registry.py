@@ -9,7 +9,7 @@ from typing import Any
 from vlm_jax.config import Model
 from vlm_jax.errors import ConfigError
 from vlm_jax.weights import inputs, towers
-from vlm_jax.weights.families import big_vision, llava
+from vlm_jax.weights.families import big_vision, blip_2, idefics, instructblip, llava
 from vlm_jax.weights.tables import Row, placed
 
 
@@ -87,6 +87,9 @@ FAMILIES = {
     "mpt": _decoder("mpt", "MptForCausalLM"),
     "gpt_neox": _decoder("gpt_neox", "GPTNeoXForCausalLM", ((r"^embed_out\.", "lm_head."),)),
     "llava": _system(llava),
+    "blip-2": _system(blip_2),
+    "instructblip": _system(instructblip),
+    "idefics": _system(idefics),
 }
 
 
