@@ -50,7 +50,7 @@ _IDEFICS = {
     "vocab_size": 31,
     "hidden_size": 12,
     "intermediate_size": 18,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 2,
     "num_attention_heads": 3,
     "rms_norm_eps": 1e-3,
     "pad_token_id": None,
@@ -60,7 +60,7 @@ _IDEFICS = {
 def blip_2() -> transformers.PretrainedConfig:
     """BLIP-2 before an OPT, whose output matrix is its embedding table."""
     return transformers.Blip2Config(
-        vision_config={"hidden_size": 12, **_VISION},
+        vision_config={"hidden_size": 12, **_VISION, "num_hidden_layers": 1},
         qformer_config=_QFORMER | {"hidden_act": "relu"},
         text_config=_OPT,
         num_query_tokens=QUERIES,
@@ -76,8 +76,7 @@ def instructblip() -> transformers.PretrainedConfig:
         | {
             "vocab_size": INSTRUCTIONS,
             "max_position_embeddings": 8,
-            "num_hidden_layers": 3,
-            "cross_attention_frequency": 3,
+            "num_hidden_layers": 2,
         },
         text_config=_LLAMA,
         num_query_tokens=QUERIES,
@@ -98,7 +97,7 @@ def instructions(rng: np.random.Generator) -> Arrays:
 def idefics(**fields) -> transformers.PretrainedConfig:
     """Idefics1."""
     return transformers.IdeficsConfig(
-        vision_config={"embed_dim": 15, **_VISION}, **_IDEFICS | fields
+        vision_config={"embed_dim": 9, **_VISION}, **_IDEFICS | fields
     )
 
 
@@ -111,7 +110,7 @@ RESAMPLED = {
     "perceiver_config": {
         "use_resampler": True,
         "resampler_n_latents": 4,
-        "resampler_depth": 2,
+        "resampler_depth": 1,
         "resampler_n_heads": 5,
         "resampler_head_dim": 2,
         "qk_layer_norms_perceiver": True,

@@ -121,7 +121,7 @@ def refuse_unlike(model: Model, again: Model, system: str) -> None:
     """
     for part in ("encoder", "connector", "decoder", "extra_encoders", "fusion"):
         ours, theirs = getattr(model, part), getattr(again, part)
-        if type(ours) is not type(theirs) or isinstance(ours, tuple) and ours != theirs:
+        if type(ours) is not type(theirs) or (isinstance(ours, tuple) and ours != theirs):
             raise ConfigError(f"{part} of a {system} is {ours}; expected one like {theirs}")
         fields = vars(ours) if dataclasses.is_dataclass(ours) else {}
         for name in fields.keys() - set(OURS):

@@ -40,7 +40,9 @@ def around(hf: Mapping[str, Any], connector: Any, vision: str) -> Model:
       vision: model_type of the vision tower.
     """
     encoder = blip_2_vision_model.read({"model_type": vision} | dict(hf.get("vision_config") or {}))
-    return Model(encoder, connector, towers.read(towers.DECODERS, hf.get("text_config") or {}, "opt"))
+    return Model(
+        encoder, connector, towers.read(towers.DECODERS, hf.get("text_config") or {}, "opt")
+    )
 
 
 def write(model: Model) -> dict[str, Any]:
