@@ -178,7 +178,7 @@ def given(name: str, **changes) -> tuple[Model, dict, dict]:
 
 def test_without_a_placeholder_nothing_says_where_visual_tokens_stand():
     model, hf, arrays = given("blip_2")
-    with pytest.raises(ConfigError, match="image_token_index .* is null"):
+    with pytest.raises(ConfigError, match=r"image_token_index .* is null"):
         blip_2.inputs(model, hf | {"image_token_index": None}, arrays)
 
 

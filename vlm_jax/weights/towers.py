@@ -124,11 +124,12 @@ def refuse_unlike(model: Model, again: Model, system: str) -> None:
         if type(ours) is not type(theirs) or (isinstance(ours, tuple) and ours != theirs):
             raise ConfigError(f"{part} of a {system} is {ours}; expected one like {theirs}")
         fields = vars(ours) if dataclasses.is_dataclass(ours) else {}
-        for name in fields.keys() - set(OURS):
-            if fields[name] != getattr(theirs, name):
+        for name, value in fields.items():
+            said = getattr(theirs, name)
+            if value != said and name not in OURS:
                 raise ConfigError(
-                    f"{part}.{name} of a {system} is {fields[name]!r}; its config.json can only "
-                    f"say {getattr(theirs, name)!r}"
+                    f"{part}.{name} of a {system} is {value!r}; its config.json can only "
+                    f"say {said!r}"
                 )
 
 
