@@ -112,7 +112,7 @@ RESAMPLED = {
         "resampler_n_latents": 4,
         "resampler_depth": 1,
         "resampler_n_heads": 5,
-        "resampler_head_dim": 2,
+        "resampler_head_dim": 3,
         "qk_layer_norms_perceiver": True,
     },
 }
