@@ -11,7 +11,7 @@ from vlm_jax.models import params
 from vlm_jax.presets.decoders import Decoder
 from vlm_jax.presets.fusion import CrossAttention
 from vlm_jax.weights import tables
-from vlm_jax.weights.families import idefics, open_flamingo
+from vlm_jax.weights.families import idefics_text, open_flamingo
 
 ROWS, TOKENS, IMAGES, QUERIES = 2, 11, 3, 4
 FLAMINGO = {"norm": "layer", "activation": "gelu", "gated": False}
@@ -39,14 +39,13 @@ class Case:
     @property
     def plain(self) -> cases.Case:
         """The decoder of an OpenFlamingo without its blocks."""
-        tables = {"mpt": cases.MPT, "gpt_neox": cases.NEOX}
-        return cases.Case("decoder", Model(decoder=self.decoder), tables[self.family], self.family)
+        return cases.Case("decoder", Model(decoder=self.decoder), None, self.family)
 
     def leaves(self, theirs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Their weights, or gradients of them, as our leaves."""
         shapes = {path: leaf.shape for path, leaf in params.abstract(self.model).items()}
         if self.family == "idefics":
-            rows = tables.placed(idefics.rows(self.decoder, self.fusion), "decoder/")
+            rows = tables.placed(idefics_text.rows(self.decoder, self.fusion), "decoder/")
             return tables.gather(rows, shapes, theirs)
         rows = open_flamingo.rows(self.fusion, open_flamingo.LAYERS[self.family])
         cross = tables.gather(tables.placed(rows, "decoder/"), shapes, theirs)

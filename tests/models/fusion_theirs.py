@@ -7,7 +7,7 @@ import torch
 import transformers
 from fusion_cases import Case, image_index, inputs
 
-from vlm_jax.weights.families import idefics, open_flamingo
+from vlm_jax.weights.families import idefics_text, open_flamingo
 
 
 class GatedBlock(torch.nn.Module):
@@ -84,7 +84,7 @@ def _named(case: Case, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def idefics_config(case: Case) -> transformers.IdeficsConfig:
     """Theirs, of what `write` says, with a vision tower that the text never reaches."""
-    hf = idefics.write(case.decoder, case.fusion)
+    hf = idefics_text.write(case.decoder, case.fusion)
     width = hf["vision_config"]["embed_dim"]
     vision = {"num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 2}
     return transformers.IdeficsConfig(

@@ -14,6 +14,7 @@ import alone_cases
 import goldens
 import image_systems
 import numpy as np
+import published_fused as fused
 import torch
 import transformers
 from numpy.typing import NDArray
@@ -206,6 +207,20 @@ def _llava(vision: dict, text: dict, tokens: int, size: int, **fields) -> Case:
     return Case(config, inputs, transformers.AutoModelForImageTextToText)
 
 
+def _blip(config: transformers.PretrainedConfig, more: Callable) -> Case:
+    vocab = config.text_config.vocab_size
+    pictures = lambda rng: with_pictures(rng, vocab, vocab - 1, fused.QUERIES, (12, 12))  # noqa: E731
+    inputs = lambda rng: pictures(rng) | more(rng)  # noqa: E731
+    return Case(config, inputs, transformers.AutoModelForImageTextToText)
+
+
+def _idefics(**fields) -> Case:
+    config = fused.idefics(**fields)
+    vocab = config.vocab_size + config.additional_vocab_size
+    inputs = lambda rng: fused.shown(rng, vocab)  # noqa: E731
+    return Case(config, inputs, transformers.AutoModelForImageTextToText)
+
+
 _CLIP = {
     "model_type": "clip_vision_model",
     "hidden_size": 12,
@@ -233,6 +248,10 @@ CASES = {
         vision_feature_layer=-1,
         multimodal_projector_bias=False,
     ),
+    "blip_2": _blip(fused.blip_2(), lambda rng: {}),
+    "instructblip": _blip(fused.instructblip(), fused.instructions),
+    "idefics": _idefics(**fused.RESAMPLED),
+    "idefics_plain": _idefics(additional_vocab_size=2, tie_word_embeddings=True),
     "llama": _text(
         "llama", 41, **_SIZES, rms_norm_eps=1e-2, attention_bias=True, mlp_bias=True
     ),

@@ -12,7 +12,7 @@ from vlm_jax.models import params
 from vlm_jax.presets.decoders import Decoder, decoder
 from vlm_jax.presets.fusion import CrossAttention, cross_attention
 from vlm_jax.weights import tables
-from vlm_jax.weights.families import idefics, open_flamingo
+from vlm_jax.weights.families import idefics_text, open_flamingo
 
 # idefics-9b's config.json, as far as the language model goes.
 IDEFICS_9B = {
@@ -52,12 +52,12 @@ def shapes(decoder: Decoder, fusion: CrossAttention) -> dict[str, tuple[int, ...
 
 
 def test_the_published_config_is_a_row_of_the_tables():
-    assert idefics.read(IDEFICS_9B) == PAIRS[0]
+    assert idefics_text.read(IDEFICS_9B) == PAIRS[0]
 
 
 @pytest.mark.parametrize("pair", PAIRS)
 def test_a_config_json_comes_back(pair):
-    assert idefics.read(idefics.write(*pair)) == pair
+    assert idefics_text.read(idefics_text.write(*pair)) == pair
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_a_config_json_comes_back(pair):
 )
 def test_what_we_do_not_compute_is_refused_by_name(change, message):
     with pytest.raises(ConfigError, match=message):
-        idefics.read(IDEFICS_9B | change)
+        idefics_text.read(IDEFICS_9B | change)
 
 
 @pytest.mark.parametrize(
@@ -83,12 +83,12 @@ def test_what_we_do_not_compute_is_refused_by_name(change, message):
 def test_presets_that_no_idefics_has_are_not_written(fields, message):
     language, fusion = PAIRS[1]
     with pytest.raises(ConfigError, match=message):
-        idefics.write(dataclasses.replace(language, **fields), fusion)
+        idefics_text.write(dataclasses.replace(language, **fields), fusion)
 
 
 @pytest.mark.parametrize("pair", PAIRS[1:])
 def test_idefics_weights_go_out_as_they_came_in(pair):
-    assert_inverse(idefics.rows(*pair), shapes(*pair))
+    assert_inverse(idefics_text.rows(*pair), shapes(*pair))
 
 
 @pytest.mark.parametrize("start, every", [(0, 1), (1, 2)])
@@ -135,13 +135,13 @@ def test_idefics_9b_has_the_names_and_sizes_of_transformers():
         "qk_layer_norms_perceiver": True,
     }
     config = transformers.IdeficsConfig(
-        **idefics.write(*PAIRS[0]), use_resampler=True, perceiver_config=perceiver
+        **idefics_text.write(*PAIRS[0]), use_resampler=True, perceiver_config=perceiver
     )
     with torch.device("meta"):
         state = transformers.IdeficsForVisionText2Text(config).state_dict()
-    rows, found = idefics.rows(*PAIRS[0]), shapes(*PAIRS[0])
+    rows, found = idefics_text.rows(*PAIRS[0]), shapes(*PAIRS[0])
     others = (r"model\.(vision_model|perceiver_resampler)\..*",)
-    assert tables.uncovered(rows, found, state, idefics.CARRIED + others) == ([], [])
+    assert tables.uncovered(rows, found, state, idefics_text.CARRIED + others) == ([], [])
     sizes = {name: math.prod(tensor.shape) for name, tensor in state.items()}
     for row in rows:
         shape = found[row.ours]

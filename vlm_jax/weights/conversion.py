@@ -148,6 +148,7 @@ def import_tensors(source: files.Source, stored: store.Stored, known: Family) ->
     names = _canonical(source.shapes, known.renames(stored.model))
     leaves = params.abstract(stored.model)
     rows = {row.ours: row for row in known.rows(stored.model)}
+    computed = theirs_of(rows.values(), leaves)
     _check(stored.model, known, leaves, {n: source.shapes[o] for n, o in names.items()})
     stored.path.mkdir(parents=True, exist_ok=True)
     (stored.path / "config.json").unlink(missing_ok=True)
@@ -162,7 +163,7 @@ def import_tensors(source: files.Source, stored: store.Stored, known: Family) ->
             yield array.astype(dtypes[path], copy=False)
 
     files.write(stored.path / store.PARAMETERS, shapes, layers)
-    carried = _carried(stored.model, known, names)
+    carried = [n for n in _carried(stored.model, known, names) if n not in computed]
     theirs = {n: _struct(source.shapes[names[n]], source.dtypes[names[n]]) for n in carried}
     write = files.write if theirs else lambda path, *_: path.unlink(missing_ok=True)
     write(stored.path / store.CARRIED, theirs, lambda name: [source.read(names[name])])

@@ -167,6 +167,7 @@ def in_sequence(
     token: int,
     images: Images,
     pictures: Sequence[Picture] | None = None,
+    texts: np.ndarray | None = None,
 ) -> Prompts:
     """Prompts whose placeholders stand for the visual tokens of pictures, in reading order.
 
@@ -177,6 +178,7 @@ def in_sequence(
       images: one per row, in the order of the placeholders of all prompts.
       pictures: what they are parts of; by default each is a picture whose visual tokens all stand
         there.
+      texts: int [n, S], the second text of each image, 0 = padding.
 
     Raises:
       DataError: the placeholders of a row are not those of whole pictures.
@@ -191,11 +193,14 @@ def in_sequence(
         first = per_image * np.cumsum([0, *(picture.images for picture in mine)])
         parts = [start + picture.tokens for start, picture in zip(first, mine, strict=False)]
         index[row, here[row]] = np.concatenate([np.zeros(0, int), *parts])
+    counts = [sum(picture.images for picture in mine) for mine in owned]
+    texts = np.zeros((len(images.grids), 0), np.int32) if texts is None else texts
     return prompts._replace(
         batch=batch._replace(
             visual_index=index,
             image_index=np.maximum.accumulate(index // per_image, axis=1),
-            images=rows_of(images, [sum(picture.images for picture in mine) for mine in owned]),
+            image_texts=_in_rows(texts, *_slots(counts)),
+            images=rows_of(images, counts),
         )
     )
 
@@ -220,22 +225,16 @@ def _owned(pictures: Sequence[Picture], places: np.ndarray, token: int) -> list[
 
 def rows_of(images: Images, counts: Sequence[int]) -> Images:
     """Images, one per row, as rows of so many images each; empty slots are padding."""
-    slots = max(1, *counts)
-    start = np.cumsum([0, *counts[:-1]])
-    number = np.arange(slots)
-    there = number < np.asarray(counts)[:, None]
-    chosen = np.where(there, start[:, None] + number, 0)
+    chosen, there = _slots(counts)
 
     def placed(array: np.ndarray | None, empty: int = 0) -> np.ndarray | None:
-        if array is None:
-            return None
-        found = array[chosen]
-        return np.where(there.reshape(*there.shape, *(1,) * (array.ndim - 1)), found, empty)
+        return None if array is None else _in_rows(array, chosen, there, empty)
 
     joined = lambda x: None if x is None else x.reshape(len(x), -1, *x.shape[3:])  # noqa: E731
     owners = placed(images.patch_images, -1)
     if owners is not None:
-        owners = np.where(owners >= 0, number[:, None], -1).astype(np.int32)
+        number = np.arange(there.shape[1])[:, None]
+        owners = np.where(owners >= 0, number, -1).astype(np.int32)
     pixels = placed(images.pixels)
     return Images(
         grids=placed(images.grids)[:, :, 0],
@@ -244,6 +243,19 @@ def rows_of(images: Images, counts: Sequence[int]) -> Images:
         patch_positions=joined(placed(images.patch_positions)),
         patch_images=joined(owners),
     )
+
+
+def _slots(counts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Which of all images stands in each slot of rows of so many [B, N], and whether one does."""
+    number = np.arange(max(1, *counts))
+    there = number < np.asarray(counts)[:, None]
+    start = np.cumsum([0, *counts[:-1]])
+    return np.where(there, start[:, None] + number, 0), there
+
+
+def _in_rows(array: np.ndarray, chosen: np.ndarray, there: np.ndarray, empty: int = 0):
+    """What is given per image [n, ...], per slot [B, N, ...]."""
+    return np.where(there.reshape(*there.shape, *(1,) * (array.ndim - 1)), array[chosen], empty)
 
 
 def array(arrays: Arrays, name: str, axes: int) -> np.ndarray:

@@ -11,11 +11,14 @@ from vlm_jax.errors import ConfigError
 from vlm_jax.weights import inputs, pictures, towers
 from vlm_jax.weights.families import (
     big_vision,
+    blip_2,
     clip,
     convnext,
     gemma3,
+    idefics,
     idefics2,
     idefics3,
+    instructblip,
     llava,
     llava_next,
     paligemma,
@@ -133,6 +136,9 @@ FAMILIES = {
     "clip": _system(clip),
     "siglip": _system(siglip),
     "siglip2": _system(siglip2),
+    "blip-2": _system(blip_2),
+    "instructblip": _system(instructblip),
+    "idefics": _system(idefics),
 }
 # transformers 5 saves these without the prefix of published files.
 VISION = ((r"^(?!vision_model\.|visual_projection\.)", "vision_model."),)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
+from vlm_jax.config import Model
 from vlm_jax.errors import ConfigError
 from vlm_jax.weights.families import (
     blip_2_vision_model,
@@ -29,6 +30,7 @@ ENCODERS = {
     "dinov2": dinov2,
     "dinov2_with_registers": dinov2_with_registers,
     "blip_2_vision_model": blip_2_vision_model,
+    "instructblip_vision_model": blip_2_vision_model,
     "idefics2_vision": idefics2_vision,
     "idefics3_vision": idefics3_vision,
     "smolvlm_vision": smolvlm_vision,
@@ -55,6 +57,8 @@ FREE = (
     "dtype",
     "remat",
 )
+# Those of them that change nothing but how we compute and train.
+OURS = ("mean", "std", "dropout", "drop_path", "dtype", "remat")
 
 
 def decoder_rows(decoder: Any) -> list:
@@ -103,6 +107,31 @@ def write(towers: Mapping[str, ModuleType], preset: Any, name: str = "") -> dict
 def _written(module: ModuleType, name: str, preset: Any) -> dict[str, Any]:
     several = module.write.__code__.co_argcount > 1
     return module.write(preset, name) if several else module.write(preset)
+
+
+def refuse_unlike(model: Model, again: Model, system: str) -> None:
+    """Refuses to write a config.json that says something else than the model.
+
+    Args:
+      model: what is written.
+      again: what the config.json says.
+      system: the name of its family.
+
+    Raises:
+      ConfigError: they differ; names the first field.
+    """
+    for part in ("encoder", "connector", "decoder", "extra_encoders", "fusion"):
+        ours, theirs = getattr(model, part), getattr(again, part)
+        if type(ours) is not type(theirs) or (isinstance(ours, tuple) and ours != theirs):
+            raise ConfigError(f"{part} of a {system} is {ours}; expected one like {theirs}")
+        fields = vars(ours) if dataclasses.is_dataclass(ours) else {}
+        for name, value in fields.items():
+            said = getattr(theirs, name)
+            if value != said and name not in OURS:
+                raise ConfigError(
+                    f"{part}.{name} of a {system} is {value!r}; its config.json can only "
+                    f"say {said!r}"
+                )
 
 
 def _describes(module: ModuleType, name: str, preset: Any) -> bool:

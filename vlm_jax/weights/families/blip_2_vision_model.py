@@ -1,4 +1,4 @@
-"""BLIP-2's EVA-CLIP tower, with the names of transformers' Blip2VisionModel.
+"""BLIP-2's and InstructBLIP's EVA-CLIP tower, with the names of transformers' Blip2VisionModel.
 
 EVA has no bias on keys; transformers stores one of zeros in the fused bias, so it is a leaf here.
 """
@@ -67,8 +67,8 @@ def read(hf: Mapping[str, Any]) -> Encoder:
     )
 
 
-def write(preset: Encoder) -> dict[str, Any]:
+def write(preset: Encoder, model_type: str = "blip_2_vision_model") -> dict[str, Any]:
     """The vision_config of a preset."""
     theirs = vision.written(preset)
     qkv_bias = preset.has_bias("query")
-    return {"model_type": "blip_2_vision_model", **theirs, **FIXED, "qkv_bias": qkv_bias}
+    return {"model_type": model_type, **theirs, **FIXED, "qkv_bias": qkv_bias}

@@ -1,172 +1,107 @@
-"""Idefics1: the language model with its gated blocks, of transformers' IdeficsForVisionText2Text.
+"""Idefics1: names of published IdeficsForVisionText2Text folders.
 
-Our paths are relative to `decoder/`. Vision tower and resampler have tables of their own.
+OpenCLIP's tower, perhaps a resampler, and a Llama whose gated blocks look at the images.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-from vlm_jax.errors import ConfigError
-from vlm_jax.presets.decoders import Decoder
-from vlm_jax.presets.fusion import CrossAttention
-from vlm_jax.weights.tables import Row, linear, norm, placed
+import numpy as np
 
-# Rotary frequencies, which older files hold and which follow from the config.
-CARRIED = (r"model\..*\.rotary_emb\.inv_freq",)
+from vlm_jax.config import Model
+from vlm_jax.errors import DataError
+from vlm_jax.presets.connectors import Connector
+from vlm_jax.weights import inputs as inputs_
+from vlm_jax.weights import towers
+from vlm_jax.weights.families import idefics_resampler, idefics_text, idefics_vision
+from vlm_jax.weights.tables import Row, placed
 
-# What a config.json leaves out (transformers' IdeficsConfig and IdeficsVisionConfig).
-DEFAULTS = {
-    "vocab_size": 32_000,
-    "additional_vocab_size": 0,
-    "hidden_size": 4096,
-    "intermediate_size": 11_008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "dropout": 0.0,
-    "hidden_act": "silu",
-    "alpha_type": "float",
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "cross_layer_interval": 1,
-    "qk_layer_norms": False,
-}
-VISION_WIDTH = 768
-ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
-
-GATES = {"float": "number", "vector": "vector"}
-ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
-
-_BLOCK = [
-    *norm("norm1", "input_layernorm", bias=False),
-    *norm("norm2", "post_attention_layernorm", bias=False),
-    *(
-        row
-        for part in ("gate", "up", "down")
-        for row in linear(f"mlp/{part}", f"mlp.{part}_proj", bias=False)
-    ),
-]
-_ATTENTION = [
-    *linear("attention/query", "q_proj", bias=False),
-    *linear("attention/key", "k_proj", bias=False),
-    *linear("attention/value", "v_proj", bias=False),
-    *linear("attention/out", "o_proj", bias=False),
-]
-_NORMS = [
-    *norm("query_norm", "q_layer_norm", bias=False),
-    *norm("key_norm", "k_layer_norm", bias=False),
-]
+ARCHITECTURE = "IdeficsForVisionText2Text"
+VISION = "model.vision_model."
 
 
-def rows(decoder: Decoder, fusion: CrossAttention) -> list[Row]:
-    """The table of a language model and the gated blocks inside it."""
-    layer = [*_BLOCK, *placed(_ATTENTION, theirs="self_attn.")]
-    attention = [*_ATTENTION, *(_NORMS if fusion.qk_norm else [])]
-    layout = "token" if fusion.gate == "vector" else "same"
-    cross = [
-        *_BLOCK,
-        *placed(attention, theirs="cross_attn."),
-        Row("attention_gate", "alpha_cross_attn", layout),
-        Row("mlp_gate", "alpha_dense", layout),
-    ]
-    found = [
-        Row("embedding", "model.embed_tokens.weight"),
-        *norm("norm", "model.norm", bias=False),
-        *placed(layer, "stack/blocks/", "model.layers.{}."),
-        *placed(cross, "cross/stack/blocks/", "model.gated_cross_attn_layers.{}."),
-    ]
-    if decoder.added:
-        found.append(Row("added_embedding", "model.embed_tokens.additional_embedding.weight"))
-    if not decoder.tied:
-        found += linear("output", "lm_head", bias=False)
-    if decoder.added and not decoder.tied:
-        found += linear("added_output", "lm_head.additional_fc", bias=False)
-    return found
+def renames(model: Model) -> tuple[tuple[str, str], ...]:
+    """How names of folders become those of the table: transformers never changed these."""
+    return ()
 
 
-def read(hf: Mapping[str, Any]) -> tuple[Decoder, CrossAttention]:
-    """The language model and its gated blocks, from the fields of a config.json.
+def read(hf: Mapping[str, Any]) -> Model:
+    """The system of a config.json.
 
     Raises:
-      ConfigError: a setting that we do not support.
+      ConfigError: it says what no preset does.
     """
-    given = {key: hf.get(key, default) for key, default in DEFAULTS.items()}
-    width, heads = given["hidden_size"], given["num_attention_heads"]
-    depth, every = given["num_hidden_layers"], given["cross_layer_interval"]
-    rope = ROPE | (
-        hf.get("rope_parameters") or {"rope_theta": hf.get("rope_theta", ROPE["rope_theta"])}
-    )
-    _require(not hf.get("rope_scaling"), "rope_scaling", hf.get("rope_scaling"), "none")
-    _require(rope.keys() == ROPE.keys(), "rope_parameters", rope, f"only {', '.join(ROPE)}")
-    _require(
-        rope["rope_type"] == "default", "rope_parameters.rope_type", rope["rope_type"], "default"
-    )
-    _require(given["dropout"] == 0, "dropout", given["dropout"], "0")
-    for key, choices in (("hidden_act", ACTIVATIONS), ("alpha_type", GATES)):
-        _require(given[key] in choices, key, given[key], f"one of {', '.join(choices)}")
-    _require(depth % every == 0, "cross_layer_interval", every, f"a divisor of {depth} layers")
-    _require(width % heads == 0, "num_attention_heads", heads, f"a divisor of the width {width}")
-    sizes = {"heads": heads, "kv_heads": heads, "head_dim": width // heads}
-    shared = {
-        "mlp": given["intermediate_size"],
-        "norm_eps": given["rms_norm_eps"],
-        "activation": ACTIVATIONS[given["hidden_act"]],
-        **sizes,
-    }
-    decoder = Decoder(
-        given["vocab_size"],
-        width,
-        depth,
-        tied=given["tie_word_embeddings"],
-        added=given["additional_vocab_size"],
-        rope_theta=float(rope["rope_theta"]),
-        **shared,
-    )
-    fusion = CrossAttention(
-        every=every,
-        width=(hf.get("vision_config") or {}).get("embed_dim", VISION_WIDTH),
-        qk_norm=given["qk_layer_norms"],
-        gate=GATES[given["alpha_type"]],
-        **shared,
-    )
-    return decoder, fusion
+    decoder, fusion = idefics_text.read(hf)
+    encoder = idefics_vision.read(hf.get("vision_config") or {})
+    resampled = hf.get("use_resampler", False)
+    connector = idefics_resampler.read(hf) if resampled else _plain(encoder.width)
+    return Model(encoder, connector, decoder, fusion=fusion)
 
 
-def write(decoder: Decoder, fusion: CrossAttention) -> dict[str, Any]:
-    """The fields of a config.json: the inverse of `read`.
+def _plain(width: int) -> Connector:
+    """Features as they are: every one is looked at."""
+    return Connector("none", out=width)
+
+
+def write(model: Model) -> dict[str, Any]:
+    """Fields of config.json: the inverse of `read`.
 
     Raises:
       ConfigError: presets that no Idefics1 has.
     """
+    resampled = model.connector.kind == "perceiver"
+    plain = {"use_resampler": False, "perceiver_config": {"use_resampler": False}}
     hf = {
-        "model_type": "idefics",
-        "vocab_size": decoder.vocab,
-        "additional_vocab_size": decoder.added,
-        "hidden_size": decoder.width,
-        "intermediate_size": decoder.mlp,
-        "num_hidden_layers": decoder.depth,
-        "num_attention_heads": decoder.heads,
-        "dropout": decoder.dropout,
-        "hidden_act": _named(ACTIVATIONS, decoder.activation),
-        "alpha_initializer": "zeros",
-        "alpha_type": _named(GATES, fusion.gate),
-        "rms_norm_eps": decoder.norm_eps,
-        "tie_word_embeddings": decoder.tied,
-        "cross_layer_interval": fusion.every,
-        "qk_layer_norms": fusion.qk_norm,
-        "rope_parameters": ROPE | {"rope_theta": decoder.rope_theta},
-        "vision_config": {"embed_dim": fusion.width or decoder.width},
+        **idefics_text.write(model.decoder, model.fusion),
+        **(idefics_resampler.write(model.connector) if resampled else plain),
+        "vision_config": idefics_vision.write(model.encoder),
     }
-    for preset, again in zip((decoder, fusion), read(hf), strict=True):
-        for field, value in vars(again).items():
-            if field not in ("dtype", "remat", "width") and getattr(preset, field) != value:
-                _require(False, field, getattr(preset, field), f"{value!r}, as Idefics1 has it")
+    towers.refuse_unlike(model, read(hf), "idefics")
     return hf
 
 
-def _named(names: Mapping[str, str], ours: str) -> str:
-    return next((theirs for theirs, name in names.items() if name == ours), ours)
+def rows(model: Model) -> list[Row]:
+    """Where our leaves are."""
+    resampled = model.connector.kind == "perceiver"
+    connector = idefics_resampler.rows(model.connector) if resampled else []
+    return [
+        *placed(idefics_vision.rows(model.encoder), "encoder/", VISION),
+        *placed(connector, "connector/", "model."),
+        *placed(idefics_text.rows(model.decoder, model.fusion), "decoder/"),
+    ]
 
 
-def _require(holds: bool, field: str, value: Any, expected: str) -> None:
-    if not holds:
-        raise ConfigError(f"{field} of an Idefics1 is {value!r}; expected {expected}")
+def carried(model: Model) -> tuple[str, ...]:
+    """Names of what the system does not compute: the tower's last norm, rotary frequencies."""
+    vision = (VISION.replace(".", r"\.") + pattern for pattern in idefics_vision.CARRIED)
+    return (*vision, *idefics_text.CARRIED)
+
+
+def inputs(model: Model, hf: Mapping[str, Any], arrays: inputs_.Arrays) -> inputs_.Prompts:
+    """Prompts with pictures `pixel_values` [B, N, 3, H, W] that `image_attention_mask` [B, T, N]
+    shows to their tokens.
+
+    Raises:
+      DataError: an array is missing or of another shape, or a token is shown several pictures.
+    """
+    prompts = inputs_.text(arrays, ("pixel_values", "image_attention_mask"))
+    if not arrays.keys() & {"pixel_values", "image_attention_mask"}:
+        return prompts
+    pixels = inputs_.array(arrays, "pixel_values", 5)
+    shown = inputs_.array(arrays, "image_attention_mask", 3).astype(bool)
+    expected = (*prompts.batch.tokens.shape, pixels.shape[1])
+    if shown.shape != expected or len(pixels) != len(shown):
+        raise DataError(
+            f"image_attention_mask has shape {shown.shape} and pixel_values {pixels.shape}; "
+            f"expected {expected} and {expected[0]} rows of pictures, as input_ids says"
+        )
+    if (shown.sum(axis=-1) > 1).any():
+        raise DataError(
+            "image_attention_mask shows several pictures to one token; expected at most one, "
+            "as the published processor has it: the last before the token"
+        )
+    index = np.where(shown.any(axis=-1), shown.argmax(axis=-1), -1)
+    index = np.where(prompts.batch.segments > 0, prompts.moved(index), -1).astype(np.int32)
+    pictures = inputs_.pictures(model.encoder, pixels.reshape(-1, *pixels.shape[2:]))
+    images = inputs_.rows_of(pictures, [pixels.shape[1]] * len(pixels))
+    return prompts._replace(batch=prompts.batch._replace(image_index=index, images=images))
