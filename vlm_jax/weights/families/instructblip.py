@@ -62,7 +62,7 @@ def inputs(model: Model, hf: Mapping[str, Any], arrays: inputs_.Arrays) -> input
         return prompts
     pictures = inputs_.pictures(model.encoder, inputs_.array(arrays, "pixel_values", 4))
     texts = _instructions(arrays, len(pictures.grids))
-    return inputs_.in_sequence(prompts, model, blip_2.image_token(hf), pictures, texts)
+    return inputs_.in_sequence(prompts, model, blip_2.image_token(hf), pictures, texts=texts)
 
 
 def _instructions(arrays: inputs_.Arrays, images: int) -> np.ndarray:
