@@ -150,7 +150,7 @@ def _trunk(name: str) -> tuple[tuple[str, str], ...]:
 
 
 _ON_DEMAND = pictures.RESIZED_ON_DEMAND
-# Encoders alone: class of transformers, module, how it is given pictures, renames.
+# Encoders alone: class of transformers, how it is given pictures, renames.
 ENCODERS = {
     "clip_vision_model": ("CLIPVisionModel", _ON_DEMAND, VISION),
     "siglip_vision_model": ("SiglipVisionModel", _ON_DEMAND, VISION),
