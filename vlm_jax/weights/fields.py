@@ -49,6 +49,24 @@ def expect(hf: Mapping[str, Any], **wanted: Any) -> None:
             )
 
 
+def setting(hf: Mapping[str, Any], key: str, default: Any, supported: Mapping[Any, Any]) -> Any:
+    """Our value of a setting, their classes' default where the file leaves it out.
+
+    Raises:
+      ConfigError: it has a value that no system of ours has.
+    """
+    value = hf.get(key, default)
+    if value not in supported:
+        expected = ", ".join(str(name) for name in supported)
+        raise ConfigError(f"{key} of config.json is {value!r}; expected one of {expected}")
+    return supported[value]
+
+
+def part(hf: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """A part of a config.json that may be left out."""
+    return hf.get(key) or {}
+
+
 def period(kinds: Iterable[str]) -> tuple[str, ...]:
     """The shortest pattern that, over and over, gives these kinds of layers."""
     kinds = tuple(kinds)

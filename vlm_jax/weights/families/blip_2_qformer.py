@@ -5,12 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlm_jax.presets.qformer import QFormer
-from vlm_jax.weights.families.connector_settings import (
-    ACTIVATIONS,
-    THEIR_ACTIVATIONS,
-    part,
-    setting,
-)
+from vlm_jax.weights import fields
 from vlm_jax.weights.tables import Row, linear, norm, placed
 
 CARRIED: tuple[str, ...] = ()
@@ -60,16 +55,16 @@ def read(hf: Mapping[str, Any]) -> QFormer:
     Raises:
       ConfigError: a setting that we do not have.
     """
-    own = part(hf, "qformer_config")
+    own = fields.part(hf, "qformer_config")
     # With it (image-text retrieval) every layer has a second feed-forward part.
-    setting(own, "use_qformer_text_input", False, {False: False})
+    fields.setting(own, "use_qformer_text_input", False, {False: False})
     return QFormer(**sizes(hf))
 
 
 def sizes(hf: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that BLIP-2's and InstructBLIP's have in common."""
-    own = part(hf, "qformer_config")
-    setting(own, "position_embedding_type", "absolute", {"absolute": "absolute"})
+    own = fields.part(hf, "qformer_config")
+    fields.setting(own, "position_embedding_type", "absolute", {"absolute": "absolute"})
     return {
         "queries": hf.get("num_query_tokens", 32),
         "width": own.get("hidden_size", 768),
@@ -77,7 +72,7 @@ def sizes(hf: Mapping[str, Any]) -> dict[str, Any]:
         "mlp": own.get("intermediate_size", 3072),
         "heads": own.get("num_attention_heads", 12),
         "every": own.get("cross_attention_frequency", 2),
-        "activation": setting(own, "hidden_act", "gelu", ACTIVATIONS),
+        "activation": fields.setting(own, "hidden_act", "gelu", fields.ACTIVATIONS),
         "norm_eps": own.get("layer_norm_eps", 1e-12),
     }
 
@@ -90,7 +85,7 @@ def write(preset: QFormer) -> dict[str, Any]:
         "intermediate_size": preset.mlp,
         "num_attention_heads": preset.heads,
         "cross_attention_frequency": preset.every,
-        "hidden_act": THEIR_ACTIVATIONS[preset.activation],
+        "hidden_act": fields.NAMES[preset.activation],
         "layer_norm_eps": preset.norm_eps,
     }
     return {"num_query_tokens": preset.queries, "qformer_config": own}

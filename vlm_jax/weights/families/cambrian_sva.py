@@ -7,7 +7,7 @@ from typing import Any
 
 from vlm_jax.errors import ConfigError
 from vlm_jax.presets.sva import Samplers, Sva
-from vlm_jax.weights.families.connector_settings import setting
+from vlm_jax.weights import fields
 from vlm_jax.weights.tables import Row, linear, norm, placed
 
 # The samplers between decoder layers are no part of the connector: see `between`.
@@ -63,8 +63,8 @@ def read(hf: Mapping[str, Any]) -> Sva:
     Raises:
       ConfigError: another connector, several groups of queries, or lengths that are no squares.
     """
-    setting(hf, "mm_projector_type", "linear", {"sva": "sva"})
-    setting(hf, "num_query_group", 1, {1: 1})
+    fields.setting(hf, "mm_projector_type", "linear", {"sva": "sva"})
+    fields.setting(hf, "num_query_group", 1, {1: 1})
     (queries,) = hf["query_num_list"]
     if hf["image_token_len"] != queries:
         raise ConfigError(

@@ -7,7 +7,6 @@ from collections.abc import Mapping as Fields
 from typing import Any
 
 from vlm_jax.presets.mapping import Mapping
-from vlm_jax.weights.families.connector_settings import setting
 from vlm_jax.weights.tables import Row, linear, norm, placed
 
 CARRIED: tuple[str, ...] = ()
@@ -41,7 +40,7 @@ def read(hf: Fields[str, Any]) -> Mapping:
         "seeds": hf.get("prefix_length_clip", 10),
         "layers": hf.get("num_layers", 8),
     }
-    return Mapping(form=setting(hf, "mapping_type", "mlp", FORMS), **fields)
+    return Mapping(form=fields.setting(hf, "mapping_type", "mlp", FORMS), **fields)
 
 
 def write(preset: Mapping) -> dict[str, Any]:

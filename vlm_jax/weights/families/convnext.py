@@ -9,6 +9,7 @@ from typing import Any
 
 from vlm_jax.errors import ConfigError
 from vlm_jax.presets.convnets import ConvNet, convnext_stages
+from vlm_jax.weights.fields import ACTIVATIONS, NAMES
 from vlm_jax.weights.tables import Row, linear, norm, placed
 
 # Stages after the last tap, the norm after pooling where nothing is pooled, and the classifier
@@ -27,7 +28,6 @@ BLOCK_TIMM = {"depthwise": "conv_dw", "norm": "norm", "mlp/up": "mlp.fc1", "mlp/
 
 # transformers fixes this epsilon in code.
 EPS = 1e-6
-ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
 
 
 def rows(preset: ConvNet) -> list[Row]:
@@ -133,7 +133,6 @@ def write(preset: ConvNet) -> dict[str, Any]:
             raise ConfigError(
                 f"{field} is {getattr(preset, field)}; transformers' ConvNeXt has {value}"
             )
-    names = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
     size = preset.image_size
     fields = {
         "model_type": "convnextv2" if preset.response_norm else "convnext",
@@ -142,7 +141,7 @@ def write(preset: ConvNet) -> dict[str, Any]:
         "num_stages": len(depths),
         "hidden_sizes": widths,
         "depths": depths,
-        "hidden_act": names[preset.activation],
+        "hidden_act": NAMES[preset.activation],
         "layer_norm_eps": preset.final_norm_eps,
         "drop_path_rate": preset.drop_path,
         "image_size": size if isinstance(size, int) else list(size),

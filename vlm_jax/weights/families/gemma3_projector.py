@@ -7,7 +7,7 @@ from typing import Any
 
 from vlm_jax.errors import ConfigError
 from vlm_jax.presets.connectors import Connector
-from vlm_jax.weights.families.connector_settings import part
+from vlm_jax.weights import fields
 from vlm_jax.weights.tables import Row
 
 CARRIED: tuple[str, ...] = ()
@@ -28,7 +28,7 @@ def read(hf: Mapping[str, Any]) -> Connector:
     Raises:
       ConfigError: visual tokens that form no square, or that their pooling leaves a rest of.
     """
-    tokens, vision = hf.get("mm_tokens_per_image", 256), part(hf, "vision_config")
+    tokens, vision = hf.get("mm_tokens_per_image", 256), fields.part(hf, "vision_config")
     side = math.isqrt(tokens)
     patches = vision.get("image_size", 224) // vision.get("patch_size", 16)
     if side**2 != tokens or patches % side:

@@ -13,7 +13,6 @@ from vlm_jax.weights import fields, towers
 from vlm_jax.weights import inputs as inputs_
 from vlm_jax.weights.families import idefics2_connector as connector
 from vlm_jax.weights.families import idefics2_vision as vision
-from vlm_jax.weights.families.connector_settings import part
 from vlm_jax.weights.tables import Row, placed
 
 ARCHITECTURE = "Idefics2ForConditionalGeneration"
@@ -26,14 +25,17 @@ def read(hf: Mapping[str, Any]) -> Model:
     Raises:
       ConfigError: it says what no preset does.
     """
-    fields.expect(part(hf, "perceiver_config"), attention_dropout=0.0)
-    encoder = vision.read(part(hf, "vision_config"))
+    fields.expect(fields.part(hf, "perceiver_config"), attention_dropout=0.0)
+    encoder = vision.read(fields.part(hf, "vision_config"))
     return Model(encoder, connector.read(hf), decoder(hf, "mistral"))
 
 
 def decoder(hf: Mapping[str, Any], default: str) -> Any:
     """The decoder of a config.json, which says itself whether its output matrix is tied."""
-    text = {**part(hf, "text_config"), "tie_word_embeddings": hf.get("tie_word_embeddings", False)}
+    text = {
+        **fields.part(hf, "text_config"),
+        "tie_word_embeddings": hf.get("tie_word_embeddings", False),
+    }
     return towers.read(towers.DECODERS, text, default)
 
 

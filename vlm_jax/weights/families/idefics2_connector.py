@@ -6,12 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlm_jax.presets.connectors import Connector, resampler
-from vlm_jax.weights.families.connector_settings import (
-    ACTIVATIONS,
-    THEIR_ACTIVATIONS,
-    part,
-    setting,
-)
+from vlm_jax.weights import fields
 from vlm_jax.weights.tables import Row, linear, norm, placed
 
 CARRIED: tuple[str, ...] = ()
@@ -42,12 +37,12 @@ def read(hf: Mapping[str, Any]) -> Connector:
     Raises:
       ConfigError: a setting that we do not have.
     """
-    text, own = part(hf, "text_config"), part(hf, "perceiver_config")
+    text, own = fields.part(hf, "text_config"), fields.part(hf, "perceiver_config")
     width, own_width = text.get("hidden_size", 4096), own.get("hidden_size", 4096)
     # Where widths differ, transformers takes the text's settings for both.
     eps = own.get("rms_norm_eps", 1e-6)
     eps = eps if width == own_width else text.get("rms_norm_eps", 1e-5)
-    setting(text, "hidden_act", "silu", {"silu": "silu"})
+    fields.setting(text, "hidden_act", "silu", {"silu": "silu"})
     return dataclasses.replace(
         resampler("idefics2"),
         queries=own.get("resampler_n_latents", 64),
@@ -57,7 +52,7 @@ def read(hf: Mapping[str, Any]) -> Connector:
         kv_heads=own.get("num_key_value_heads", 4),
         head_dim=own.get("resampler_head_dim", 96),
         norm_eps=eps,
-        mlp_activation=setting(own, "hidden_act", "silu", ACTIVATIONS),
+        mlp_activation=fields.setting(own, "hidden_act", "silu", fields.ACTIVATIONS),
         embed_hidden=text.get("intermediate_size", 14_336),
     )
 
@@ -72,7 +67,7 @@ def write(preset: Connector) -> dict[str, Any]:
         },
         "perceiver_config": {
             "hidden_size": preset.width,
-            "hidden_act": THEIR_ACTIVATIONS[preset.mlp_activation],
+            "hidden_act": fields.NAMES[preset.mlp_activation],
             "rms_norm_eps": preset.norm_eps,
             "resampler_n_latents": preset.queries,
             "resampler_depth": preset.layers,

@@ -8,10 +8,9 @@ import numpy as np
 
 from vlm_jax.config import Model
 from vlm_jax.errors import DataError
+from vlm_jax.weights import fields, towers
 from vlm_jax.weights import inputs as inputs_
-from vlm_jax.weights import towers
 from vlm_jax.weights.families import idefics2, idefics3_connector, idefics3_vision
-from vlm_jax.weights.families.connector_settings import part
 from vlm_jax.weights.tables import Row, placed
 
 ARCHITECTURE = "Idefics3ForConditionalGeneration"
@@ -24,7 +23,7 @@ def read(hf: Mapping[str, Any], vision: ModuleType = idefics3_vision) -> Model:
     Raises:
       ConfigError: it says what no preset does.
     """
-    encoder = vision.read(part(hf, "vision_config"))
+    encoder = vision.read(fields.part(hf, "vision_config"))
     return Model(encoder, idefics3_connector.read(hf), idefics2.decoder(hf, "llama"))
 
 

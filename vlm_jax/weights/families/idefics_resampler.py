@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlm_jax.presets.connectors import Connector, resampler
-from vlm_jax.weights.families.connector_settings import part, setting
+from vlm_jax.weights import fields
 from vlm_jax.weights.tables import Row, linear, norm, placed
 
 CARRIED: tuple[str, ...] = ()
@@ -32,8 +32,8 @@ def read(hf: Mapping[str, Any]) -> Connector:
     Raises:
       ConfigError: a system without a resampler.
     """
-    setting(hf, "use_resampler", False, {True: True})
-    vision, own = part(hf, "vision_config"), part(hf, "perceiver_config")
+    fields.setting(hf, "use_resampler", False, {True: True})
+    vision, own = fields.part(hf, "vision_config"), fields.part(hf, "perceiver_config")
     width, heads = vision.get("embed_dim", 768), own.get("resampler_n_heads", 16)
     return resampler(
         "idefics",

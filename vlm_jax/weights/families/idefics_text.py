@@ -9,6 +9,7 @@ from typing import Any
 from vlm_jax.errors import ConfigError
 from vlm_jax.presets.decoders import Decoder
 from vlm_jax.presets.fusion import CrossAttention
+from vlm_jax.weights.fields import ACTIVATIONS, NAMES
 from vlm_jax.weights.tables import Row, linear, norm, placed
 
 # Rotary frequencies, which older files hold and which follow from the config.
@@ -34,7 +35,6 @@ VISION_WIDTH = 768
 ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
 
 GATES = {"float": "number", "vector": "vector"}
-ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
 
 _BLOCK = [
     *norm("norm1", "input_layernorm", bias=False),
@@ -146,7 +146,7 @@ def write(decoder: Decoder, fusion: CrossAttention) -> dict[str, Any]:
         "num_hidden_layers": decoder.depth,
         "num_attention_heads": decoder.heads,
         "dropout": decoder.dropout,
-        "hidden_act": _named(ACTIVATIONS, decoder.activation),
+        "hidden_act": NAMES[decoder.activation],
         "alpha_initializer": "zeros",
         "alpha_type": _named(GATES, fusion.gate),
         "rms_norm_eps": decoder.norm_eps,

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlm_jax.presets.qformer import QFormer
+from vlm_jax.weights import fields
 from vlm_jax.weights.families import blip_2_qformer
-from vlm_jax.weights.families.connector_settings import part
 from vlm_jax.weights.tables import Row, linear, norm
 
 CARRIED: tuple[str, ...] = ()
@@ -31,7 +31,7 @@ def read(hf: Mapping[str, Any]) -> QFormer:
     Raises:
       ConfigError: a setting that we do not have.
     """
-    own = part(hf, "qformer_config")
+    own = fields.part(hf, "qformer_config")
     return QFormer(
         **blip_2_qformer.sizes(hf),
         vocab=own.get("vocab_size", 30_522),

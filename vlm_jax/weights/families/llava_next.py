@@ -14,10 +14,9 @@ import numpy as np
 from vlm_jax.config import Model
 from vlm_jax.errors import ConfigError, DataError
 from vlm_jax.presets.connectors import feature_grid
-from vlm_jax.weights import anyres
+from vlm_jax.weights import anyres, fields
 from vlm_jax.weights import inputs as inputs_
 from vlm_jax.weights.families import llava, llava_next_projector
-from vlm_jax.weights.families.connector_settings import part
 from vlm_jax.weights.tables import Row, placed
 
 ARCHITECTURE = "LlavaNextForConditionalGeneration"
@@ -69,7 +68,9 @@ def inputs(model: Model, hf: Mapping[str, Any], arrays: inputs_.Arrays) -> input
     resolutions = hf.get("image_grid_pinpoints") or RESOLUTIONS
     tiles, pictures = [], []
     for size, given in zip(sizes, pixels, strict=True):
-        tiling = anyres.tiling(size, resolutions, part(hf, "vision_config").get("image_size", side))
+        tiling = anyres.tiling(
+            size, resolutions, fields.part(hf, "vision_config").get("image_size", side)
+        )
         count = 1 + tiling[0] * tiling[1]
         if len(given) < count:
             raise DataError(f"a picture of {size} pixels has {len(given)} tiles; expected {count}")

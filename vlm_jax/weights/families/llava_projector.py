@@ -4,11 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlm_jax.presets.connectors import Connector
-from vlm_jax.weights.families.connector_settings import (
-    ACTIVATIONS,
-    THEIR_ACTIVATIONS,
-    setting,
-)
+from vlm_jax.weights import fields
 from vlm_jax.weights.tables import Row, linear
 
 CARRIED: tuple[str, ...] = ()
@@ -27,14 +23,14 @@ def read(hf: Mapping[str, Any]) -> Connector:
     Raises:
       ConfigError: a setting that we do not have.
     """
-    activation = setting(hf, "projector_hidden_act", "gelu", ACTIVATIONS)
-    bias = setting(hf, "multimodal_projector_bias", True, {True: True, False: False})
+    activation = fields.setting(hf, "projector_hidden_act", "gelu", fields.ACTIVATIONS)
+    bias = fields.setting(hf, "multimodal_projector_bias", True, {True: True, False: False})
     return Connector("mlp", activation=activation, bias=bias)
 
 
 def write(preset: Connector) -> dict[str, Any]:
     """The fields of config.json that speak of the projector."""
     return {
-        "projector_hidden_act": THEIR_ACTIVATIONS[preset.activation],
+        "projector_hidden_act": fields.NAMES[preset.activation],
         "multimodal_projector_bias": preset.bias,
     }

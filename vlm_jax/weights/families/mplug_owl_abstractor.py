@@ -6,7 +6,7 @@ from typing import Any
 
 from vlm_jax.errors import ConfigError
 from vlm_jax.presets.connectors import Connector, resampler
-from vlm_jax.weights.families.connector_settings import part
+from vlm_jax.weights import fields
 from vlm_jax.weights.tables import Row, linear, norm, placed
 
 CARRIED: tuple[str, ...] = ()
@@ -32,7 +32,7 @@ def read(hf: Mapping[str, Any]) -> Connector:
     Raises:
       ConfigError: its encoder has another width; theirs norms features at its own.
     """
-    own = part(hf, "visual_abstractor_config")
+    own = fields.part(hf, "visual_abstractor_config")
     width, heads = own.get("hidden_size", 1024), own.get("num_attention_heads", 16)
     if own.get("encoder_hidden_size", 1024) != width:
         raise ConfigError(

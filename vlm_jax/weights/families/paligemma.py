@@ -18,7 +18,6 @@ from vlm_jax.presets.encoders import Encoder
 from vlm_jax.weights import fields, towers
 from vlm_jax.weights import inputs as inputs_
 from vlm_jax.weights.families import llava, paligemma_projector, siglip_vision_model
-from vlm_jax.weights.families.connector_settings import part
 from vlm_jax.weights.tables import Row, placed
 
 ARCHITECTURE = "PaliGemmaForConditionalGeneration"
@@ -32,7 +31,7 @@ def read(hf: Mapping[str, Any]) -> Model:
     Raises:
       ConfigError: it says what no preset does.
     """
-    text = dict(part(hf, "text_config"))
+    text = dict(fields.part(hf, "text_config"))
     # It says that prompts see both ways, which is left to the inputs.
     text.pop("use_bidirectional_attention", None)
     encoder, decoder = read_towers({**hf, "text_config": text}, "gemma")
@@ -44,9 +43,12 @@ def read(hf: Mapping[str, Any]) -> Model:
 
 def read_towers(hf: Mapping[str, Any], default: str) -> tuple[Encoder, Decoder]:
     """Encoder and decoder, in Gemma 3 too; `default` is the decoder's model_type."""
-    vision = {"model_type": "siglip_vision_model", **part(hf, "vision_config")}
+    vision = {"model_type": "siglip_vision_model", **fields.part(hf, "vision_config")}
     fields.expect(vision, model_type="siglip_vision_model")
-    text = {**part(hf, "text_config"), "tie_word_embeddings": hf.get("tie_word_embeddings", True)}
+    text = {
+        **fields.part(hf, "text_config"),
+        "tie_word_embeddings": hf.get("tie_word_embeddings", True),
+    }
     return siglip_vision_model.read(vision), towers.read(towers.DECODERS, text, default)
 
 

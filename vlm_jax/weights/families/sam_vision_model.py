@@ -8,13 +8,13 @@ from typing import Any
 
 from vlm_jax.errors import ConfigError
 from vlm_jax.presets.sam import Sam
+from vlm_jax.weights.fields import ACTIVATIONS, NAMES
 from vlm_jax.weights.tables import Row, linear, norm, placed
 
 CARRIED = (r"(shared_image_embedding|prompt_encoder|mask_decoder)\..*",)
 
 # transformers fixes this epsilon of the neck in code.
 EPS = 1e-6
-ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
 # Ours: theirs, of numbers that pass through.
 FIELDS = {
     "width": "hidden_size",
@@ -123,12 +123,11 @@ def write(preset: Sam) -> dict[str, Any]:
         raise ConfigError(f"neck_eps is {preset.neck_eps}; transformers' SAM has {EPS}")
     if len(set(preset.trained_grid)) > 1:
         raise ConfigError(f"image_size is {preset.image_size}; transformers' SAM has a square one")
-    names = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
     return {theirs: getattr(preset, ours) for ours, theirs in FIELDS.items()} | {
         "model_type": "sam_vision_model",
         "image_size": preset.trained_grid[0] * preset.patch,
         "global_attn_indexes": list(preset.global_layers),
-        "hidden_act": names[preset.activation],
+        "hidden_act": NAMES[preset.activation],
         "num_channels": 3,
         "attention_dropout": 0.0,
     }

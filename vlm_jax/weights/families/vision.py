@@ -5,6 +5,7 @@ from typing import Any
 
 from vlm_jax.errors import ConfigError
 from vlm_jax.presets.encoders import Encoder
+from vlm_jax.weights.fields import ACTIVATIONS, NAMES
 from vlm_jax.weights.tables import Row, linear, norm, placed
 
 # Fields of config.json, and ours.
@@ -17,14 +18,6 @@ FIELDS = {
     "image_size": "image_size",
     "layer_norm_eps": "norm_eps",
     "hidden_act": "activation",
-}
-# Two names of one function.
-ACTIVATIONS = {
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_new": "gelu_tanh",
-    "gelu": "gelu",
-    "quick_gelu": "quick_gelu",
-    "silu": "silu",
 }
 # Modules of a block in CLIP, SigLIP and what grew out of them.
 LINEAR = {
@@ -86,7 +79,7 @@ def written(preset: Encoder, names: Mapping[str, str] = FIELDS) -> dict[str, Any
     theirs = {name: getattr(preset, ours) for name, ours in names.items()}
     if "image_size" in theirs:
         theirs["image_size"] = preset.table_grid[0] * preset.patch
-    activation = next(name for name, known in ACTIVATIONS.items() if known == preset.activation)
+    activation = NAMES[preset.activation]
     return {k: activation if names[k] == "activation" else v for k, v in theirs.items()}
 
 
