@@ -38,7 +38,8 @@ def losses(
     visual = None
     if config.data.images:
         seen = (batch.images, *batch.extra_images)
-        visual = vlm.visual(seen, keys[0], batch.image_texts)
+        # Not with the images' texts: a Q-Former that read them would be told the answers.
+        visual = vlm.visual(seen, keys[0])
     logits = vlm.unembed(vlm.hidden(batch, visual, keys[1]))
     loss, sums = next_token(logits, batch, config.train.label_smoothing)
     sums |= {
