@@ -9,7 +9,7 @@ from typing import Any
 from vlm_jax.config import Model
 from vlm_jax.errors import ConfigError
 from vlm_jax.weights import inputs, towers
-from vlm_jax.weights.families import big_vision, llava
+from vlm_jax.weights.families import big_vision, efficientnet_lite, llava
 from vlm_jax.weights.tables import Row, placed
 
 
@@ -100,6 +100,17 @@ def big_vision_family(root: str) -> Family:
         carried=lambda model: big_vision.CARRIED,
         inputs=_text,
     )
+
+
+# State dictionaries of an EfficientNet-Lite; they have no config and go out to nowhere.
+EFFICIENTNET_LITE = Family(
+    "",
+    read=lambda hf: Model(encoder=efficientnet_lite.read(hf)),
+    write=lambda model: efficientnet_lite.write(model.encoder),
+    rows=lambda model: placed(efficientnet_lite.rows(model.encoder), "encoder/"),
+    carried=lambda model: (efficientnet_lite.COUNTERS,),
+    inputs=_text,
+)
 
 
 def family(model_type: Any) -> Family:
