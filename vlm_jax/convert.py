@@ -5,7 +5,8 @@ python -m vlm_jax.convert export DIR HF_DIR
 python -m vlm_jax.convert check DIR INPUTS.npz OUTPUTS.npz --new_tokens=16
 
 SOURCE is a folder as transformers writes it, with config.json and safetensors; a decoder's .gguf;
-or a .npz of big_vision, which goes out as one again where HF_DIR ends so. `check` feeds the arrays
+a .npz of big_vision, which goes out as one again where HF_DIR ends so; or the .pth of an
+EfficientNet-Lite, which only comes in. `check` feeds the arrays
 that `forward` of transformers takes, by keyword, and writes float32 `logits` (of an encoder alone
 `last_hidden_state`) and greedy `tokens`. Nothing that came with weights is ever executed.
 """
