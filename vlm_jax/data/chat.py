@@ -31,6 +31,7 @@ class Template:
       assistant: text before the answer, given and not learned; generation starts after it.
       answer: text before and after the answer, learned with it.
       eos: whether the end-of-sequence token, learned, follows every answer.
+      after: text behind the end of every answer, given and not learned.
       image: text before and after every image.
       images_first: whether the images of a turn move to its start, and its text is stripped then.
       user_text: whether what the user writes is kept; if not, only its images are.
@@ -43,11 +44,20 @@ class Template:
     assistant: str = ""
     answer: tuple[str, str] = ("", "")
     eos: bool = True
+    after: str = ""
     image: tuple[str, str] = ("", "")
     images_first: bool = False
     user_text: bool = True
     specials: tuple[str, ...] = ()
 
+
+CHATML = Template(
+    bos=False,
+    user=("<|im_start|>user\n", "<|im_end|>\n"),
+    assistant="<|im_start|>assistant\n",
+    after="\n",
+    specials=("<|im_start|>", "<|im_end|>"),
+)
 
 TEMPLATES = {
     # Ours, for the embedded tokenizer: <bos><user>{images and text}<assistant>{answer}<eos>
@@ -67,6 +77,16 @@ TEMPLATES = {
         answer=(" ", ""),
         image=("", "\n"),
         images_first=True,
+    ),
+    # ChatML, for tokenizers whose end of sequence is <|im_end|>; Qwen2.5's without its system text.
+    "chatml": CHATML,
+    # The chat_template of SmolLM2-Instruct's tokenizer_config.json, and its system text.
+    "smollm2": dataclasses.replace(
+        CHATML,
+        system=(
+            "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging "
+            "Face<|im_end|>\n"
+        ),
     ),
 }
 
@@ -169,6 +189,7 @@ def _pieces(
             yield _Piece(template.answer[1], learned=True)
             if template.eos:
                 yield _Piece(tokenizer.eos, learned=True)
+            yield from _literal(template, tokenizer, template.after)
         else:
             raise DataError(f"a turn has role {turn.role!r}; expected 'user' or 'assistant'")
     if reply:

@@ -17,7 +17,7 @@ from vlm_jax import config as configs
 from vlm_jax.errors import ConfigError, DataError
 from vlm_jax.models import params
 from vlm_jax.weights import files, gguf, gguf_tokenizer, npz, registry, store
-from vlm_jax.weights.families import big_vision
+from vlm_jax.weights.families import big_vision, efficientnet_lite
 from vlm_jax.weights.registry import Family, family
 from vlm_jax.weights.tables import (
     Row,
@@ -28,6 +28,7 @@ from vlm_jax.weights.tables import (
     to_ours,
     to_theirs,
 )
+from vlm_jax.weights.torch_legacy import TorchFile
 
 # Files of a published folder that export gives back.
 KEPT = (
@@ -95,8 +96,22 @@ def import_npz(source: Path, target: Path) -> store.Stored:
     return stored
 
 
+def import_torch(source: Path, target: Path) -> store.Stored:
+    """Turns a state_dict of an EfficientNet-Lite into one of our folders; see `import_weights`."""
+    file = TorchFile(source)
+    try:
+        published = efficientnet_lite.published(file.shapes)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from error
+    model = configs.Model(encoder=efficientnet_lite.read(published))
+    stored = store.Stored(target, model, efficientnet_lite.FAMILY, published)
+    import_tensors(file, stored, registry.EFFICIENTNET_LITE)
+    store.write_config(stored)
+    return stored
+
+
 # How a file is imported, by its suffix.
-FILES = {".gguf": import_gguf, ".npz": import_npz}
+FILES = {".gguf": import_gguf, ".npz": import_npz, ".pth": import_torch}
 
 
 def import_folder(source: Path, target: Path) -> store.Stored:

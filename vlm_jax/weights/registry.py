@@ -14,6 +14,7 @@ from vlm_jax.weights.families import (
     blip_2,
     clip,
     convnext,
+    efficientnet_lite,
     gemma3,
     idefics,
     idefics2,
@@ -197,6 +198,17 @@ def big_vision_family(root: str) -> Family:
         carried=lambda model: big_vision.CARRIED,
         inputs=_text,
     )
+
+
+# State dictionaries of an EfficientNet-Lite; they have no config and go out to nowhere.
+EFFICIENTNET_LITE = Family(
+    "",
+    read=lambda hf: Model(encoder=efficientnet_lite.read(hf)),
+    write=lambda model: efficientnet_lite.write(model.encoder),
+    rows=lambda model: placed(efficientnet_lite.rows(model.encoder), "encoder/"),
+    carried=lambda model: (efficientnet_lite.COUNTERS,),
+    inputs=_text,
+)
 
 
 def family(model_type: Any) -> Family:

@@ -10,10 +10,13 @@ from vlm_jax.errors import ConfigError
 from vlm_jax.presets.convnets import EFFICIENTNET, ConvNet, efficientnet
 from vlm_jax.weights.tables import Row, linear
 
-# Counters that only training reads; what stands after the last tap; the head where nothing is
+FAMILY = "efficientnet_lite"  # its name among the model_types of transformers
+# Counters that only training reads.
+COUNTERS = r".*\.num_batches_tracked"
+# Beside them: what stands after the last tap; the head where nothing is
 # pooled, and the classifier where there are no classes.
 CARRIED = (
-    r".*\.num_batches_tracked",
+    COUNTERS,
     r"_blocks\.\d+\..*",
     r"(_conv_head|_bn1|_fc)\..*",
 )
@@ -65,6 +68,27 @@ def read(hf: Mapping[str, Any]) -> ConvNet:
             + ", ".join(f"efficientnet_{known}" for known in EFFICIENTNET)
         )
     return efficientnet(name, classes=hf.get("num_classes", 0))
+
+
+def published(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """What `read` takes, of a state_dict's shapes.
+
+    Raises:
+      ConfigError: it is of no EfficientNet-Lite in our table; names what it lacks.
+    """
+    missing = [name for name in ("_conv_stem.weight", "_fc.weight") if name not in shapes]
+    if missing:
+        raise ConfigError(
+            f"is no EfficientNet-Lite, it lacks {missing[0]}: of torch's own files only these are "
+            "imported; for others give the folder of config.json and safetensors"
+        )
+    # All sizes have the same first and last widths but for the last block's.
+    known = {f"efficientnet_{name}": efficientnet(name) for name in EFFICIENTNET}
+    blocks = 1 + max(int(n.split(".")[1]) for n in shapes if n.startswith("_blocks."))
+    for name, preset in known.items():
+        if blocks == sum(stage[0] for stage in preset.stages):
+            return {"architecture": name, "num_classes": shapes["_fc.weight"][0]}
+    raise ConfigError(f"is an EfficientNet of {blocks} blocks; expected one of {', '.join(known)}")
 
 
 def write(preset: ConvNet) -> dict[str, Any]:
