@@ -39,7 +39,7 @@ def run(
     Raises:
       ConfigError, DataError: the arrays are not what the model takes.
     """
-    known = registry.family(stored.family)
+    known = registry.CONFIGLESS.get(stored.family) or registry.family(stored.family)
     model = known.fitted(exact(stored.model), arrays)
     places = dict.fromkeys(params.abstract(model), jax.sharding.SingleDeviceSharding(_device()))
     leaves = store.load(stored, places, dict.fromkeys(places, np.float32))
@@ -74,7 +74,7 @@ def _maps(encoder: nnx.Module, preset: ConvNet | Sam, images: Images) -> Float[A
 
 
 # What `last_hidden_state` is, by the kind of an encoder's preset.
-STATES = {"vit": _tokens, "convnext": _maps, "sam": _maps}
+STATES = {"vit": _tokens, "convnext": _maps, "efficientnet": _maps, "sam": _maps}
 
 
 def _features(model: configs.Model, leaves: Mapping[str, Array], seen: pictures.Seen) -> np.ndarray:

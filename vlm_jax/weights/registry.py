@@ -188,6 +188,12 @@ FAMILIES["sam"] = dataclasses.replace(
 )
 
 
+def _whole_or_text(model: Model, hf: Mapping[str, Any], arrays: inputs.Arrays):
+    if model.decoder is None:
+        return pictures.alone(pictures.WHOLE, model.encoder, arrays)
+    return inputs.text(arrays)
+
+
 def big_vision_family(root: str) -> Family:
     """Checkpoints of big_vision, whose encoder's names begin with `root`; they have no config."""
     return Family(
@@ -196,7 +202,7 @@ def big_vision_family(root: str) -> Family:
         write=lambda model: {},
         rows=lambda model: big_vision.rows(model, root),
         carried=lambda model: big_vision.CARRIED,
-        inputs=_text,
+        inputs=_whole_or_text,
     )
 
 
@@ -207,8 +213,13 @@ EFFICIENTNET_LITE = Family(
     write=lambda model: efficientnet_lite.write(model.encoder),
     rows=lambda model: placed(efficientnet_lite.rows(model.encoder), "encoder/"),
     carried=lambda model: (efficientnet_lite.COUNTERS,),
-    inputs=_text,
+    inputs=_whole_or_text,
 )
+# What files without a config.json are of.
+CONFIGLESS = {
+    big_vision.FAMILY: big_vision_family(""),
+    efficientnet_lite.FAMILY: EFFICIENTNET_LITE,
+}
 
 
 def family(model_type: Any) -> Family:
