@@ -13,6 +13,8 @@ came with weights is ever executed.
 """
 
 import dataclasses
+import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from vlm_jax import doors
 from vlm_jax.errors import ConfigError, DataError, StorageError
 
 _NEW_TOKENS = flags.DEFINE_integer("new_tokens", 0, "check: tokens to make after the prompt.")
+_DAMAGED = (zipfile.BadZipFile, zlib.error)
 _FAMILY = flags.DEFINE_string("family", "", "export: model_type, if not the one imported.")
 
 
@@ -34,7 +37,10 @@ def main(argv: Sequence[str]) -> None:
     function, names = COMMANDS[command]
     if len(words) != len(names):
         raise ConfigError(f"{command} was given {len(words)} words; expected {' '.join(names)}")
-    function(*map(doors.folder, words))
+    try:
+        function(*map(doors.folder, words))
+    except OSError as error:  # a folder that cannot be made, a full disk
+        raise StorageError(f"{command} failed: {error}") from error
 
 
 def import_(source: Path, target: Path) -> None:
@@ -83,7 +89,8 @@ def check(folder: Path, inputs: Path, outputs: Path) -> None:
     try:
         with np.load(inputs, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError) as error:
+    # What numpy and zipfile raise where the file is none, is cut short or holds objects.
+    except (OSError, ValueError, EOFError, TypeError, AttributeError, *_DAMAGED) as error:
         raise DataError(f"{inputs} is no npz file of plain arrays: {error}") from error
     found = checking.run(store.open_model(folder), arrays, _NEW_TOKENS.value)
     try:

@@ -1,5 +1,6 @@
 """Sources that are wrong, damaged, or would have to be executed: refused by name, never run."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -93,9 +94,10 @@ def test_code_of_its_own_is_never_run(tmp_path):
     [
         ({"model_type": "lama"}, "unknown model_type 'lama'"),
         ({"model_type": None}, "unknown model_type None"),
+        ({"model_type": ["llama"]}, "unknown model_type ['llama']"),
         ({"hidden_act": "mish"}, "hidden_act is 'mish'"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type is 'yarn'"),
-        ({"num_hidden_layers": 10**9}, "1000000000 layers of"),
+        ({"num_hidden_layers": 10**9}, "speaks of 1000000000 layers"),
         ({"hidden_size": 0}, "not of a llama"),
         ({"intermediate_size": -3}, "not of a llama"),
         ({"vocab_size": "many"}, "not of a llama"),
@@ -125,6 +127,34 @@ def test_a_folder_that_holds_something_else_is_not_written_to(tmp_path):
     conversion.import_weights(source, tmp_path / "model")  # a model's folder is written anew
 
 
+def test_a_tied_output_matrix_of_its_own_is_kept(tmp_path):
+    """As transformers does, which ties only what is equal."""
+    source = edit(publish(tmp_path / "source"), tie_word_embeddings=True)
+    stored = conversion.import_folder(source, tmp_path / "model")
+    assert not stored.model.decoder.tied
+    golden = goldens.read("llama")
+    same = {"lm_head.weight": golden.tensors["model.embed_tokens.weight"]}
+    source = edit(publish(tmp_path / "tied", **same), tie_word_embeddings=True)
+    assert conversion.import_folder(source, tmp_path / "again").model.decoder.tied
+
+
+@pytest.mark.parametrize(
+    ("fields", "changes"),
+    [
+        # What transformers does not look at in a Llama.
+        ({"query_pre_attn_scalar": 3, "attn_logit_softcapping": 2.0}, {}),
+        ({"sliding_window": 3, "layer_types": ["sliding_attention"] * 2}, {}),
+        # The older field wins.
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, {"rope_factor": 2.0}),
+    ],
+)
+def test_fields_of_other_families_and_times(fields, changes, tmp_path):
+    plain = conversion.import_folder(publish(tmp_path / "a"), tmp_path / "model").model.decoder
+    source = edit(publish(tmp_path / "b"), **fields)
+    found = conversion.import_folder(source, tmp_path / "other").model.decoder
+    assert found == dataclasses.replace(plain, **changes)
+
+
 def test_layers_of_different_dtypes_keep_every_bit(tmp_path):
     wide = np.full(12, 1 + 2**-20, np.float32)
     names = ["model.layers.0.input_layernorm.weight", NORM]
@@ -140,6 +170,12 @@ def test_layers_of_different_dtypes_keep_every_bit(tmp_path):
     [
         ({}, "lack input_ids"),
         ({"input_ids": np.zeros(3, np.int64)}, "expected 2 axes"),
+        ({"input_ids": np.array([["a"]])}, "expected 2 axes of numbers"),
+        ({"input_ids": np.array([[41]])}, "reach 41; the model has 41 tokens"),
+        (
+            {"input_ids": np.ones((1, 4), int), "attention_mask": np.array([[1, 0, 1, 1]])},
+            "has holes",
+        ),
         ({"input_ids": np.zeros((1, 3), np.int64), "pixel_values": np.zeros(1)}, "pixel_values"),
     ],
 )

@@ -49,8 +49,21 @@ def run(
     if model.decoder is None:
         seen = known.inputs(model, stored.published, arrays)
         return {"last_hidden_state": _features(model, leaves, seen)}
-    options = Generation(max_new_tokens=new_tokens, beams=beams)
-    return _answers(model, leaves, known.inputs(model, stored.published, arrays), options)
+    prompts = known.inputs(model, stored.published, arrays)
+    _check_range(model, prompts, new_tokens)
+    return _answers(model, leaves, prompts, Generation(max_new_tokens=new_tokens, beams=beams))
+
+
+def _check_range(model: configs.Model, prompts: inputs.Prompts, new_tokens: int) -> None:
+    """Raises DataError where a table would be read beyond its end, which is silent in jax."""
+    batch, decoder = prompts.batch, model.decoder
+    ids = np.where(batch.visual_index >= 0, 0, batch.tokens)
+    if ids.min() < 0 or ids.max() >= decoder.tokens:
+        raise DataError(f"input_ids reach {ids.max()}; the model has {decoder.tokens} tokens")
+    longest = batch.positions.max() + 1 + new_tokens
+    room = decoder.positions - decoder.position_offset
+    if decoder.position == "learned" and longest > room:
+        raise DataError(f"{longest} tokens with the new ones; the model has {room} positions")
 
 
 def exact(model: configs.Model) -> configs.Model:

@@ -41,6 +41,7 @@ KEPT = (
     "generation_config.json",
     "*processor_config.json",
 )
+OUTPUT = r"(.*\.)?lm_head\.weight"
 SHOWN = 3  # names in a message
 
 
@@ -124,7 +125,8 @@ def import_folder(source: Path, target: Path) -> store.Stored:
     folder = files.Folder(source)
     kind = folder.config.get("model_type")
     known = family(kind)
-    stored = store.Stored(target, _model(known, folder, kind), kind, folder.config)
+    model = _untied(known, folder, _model(known, folder, kind))
+    stored = store.Stored(target, model, kind, folder.config)
     import_tensors(folder, stored, known)
     copy_kept(source, target / store.SOURCE)
     store.write_config(stored)
@@ -133,12 +135,15 @@ def import_folder(source: Path, target: Path) -> store.Stored:
 
 def _model(known: Family, folder: files.Folder, kind: str) -> configs.Model:
     """The model of a config.json, however wrong that may be."""
+    layers = max([0, *_layers(folder.config)])
+    if layers > len(folder.shapes):
+        raise ConfigError(
+            f"{folder.path}/config.json speaks of {layers} layers; the folder has only "
+            f"{len(folder.shapes)} tensors"
+        )
     try:
         model = known.read(folder.config)
         configs.check_model(model)
-        layers = max([0, *(tower.depth for tower in _deep(model))])
-        if layers > len(folder.shapes):
-            raise ConfigError(f"{layers} layers of {len(folder.shapes)} tensors")
         empty = [path for path, leaf in params.abstract(model).items() if not leaf.size]
         if empty:
             raise ValueError(f"nothing would be in {_first(empty)}")
@@ -149,9 +154,39 @@ def _model(known: Family, folder: files.Folder, kind: str) -> configs.Model:
     return model
 
 
-def _deep(model: configs.Model) -> list[Any]:
-    towers = (*model.encoders, model.decoder)
-    return [tower for tower in towers if isinstance(getattr(tower, "depth", None), int)]
+LAYERS = re.compile(r".*(n_|num_.*)layers|.*depths?")  # fields that count layers
+
+
+def _layers(config: Any, counts: bool = False) -> Iterator[int]:
+    """Whatever a config.json says of numbers of layers, nested configs included.
+
+    A table has a row per layer: what is wildly wrong must be seen before one is made.
+    """
+    if isinstance(config, Mapping):
+        for key, value in config.items():
+            yield from _layers(value, bool(LAYERS.fullmatch(str(key))))
+    elif isinstance(config, list):
+        for value in config:
+            yield from _layers(value, counts)
+    elif counts and isinstance(config, int):
+        yield config
+
+
+def _untied(known: Family, folder: files.Folder, model: configs.Model) -> configs.Model:
+    """The model, with an output matrix of its own where the folder holds one.
+
+    Where config.json ties it to the embedding table, as transformers does: only if both are equal.
+    """
+    if model.decoder is None or not model.decoder.tied:
+        return model
+    names = _canonical(folder.shapes, known.renames(model))
+    table = {row.ours: row.theirs for row in known.rows(model)}.get("decoder/embedding")
+    output = next((n for n in names if re.fullmatch(OUTPUT, n)), None)
+    if output is None or table not in names:
+        return model
+    if np.array_equal(folder.read(names[output]), folder.read(names[table])):
+        return model
+    return dataclasses.replace(model, decoder=dataclasses.replace(model.decoder, tied=False))
 
 
 def import_tensors(source: files.Source, stored: store.Stored, known: Family) -> None:
@@ -235,7 +270,7 @@ def _check(model: configs.Model, known: Family, leaves, shapes: Mapping[str, tup
 def _tied(model: configs.Model) -> tuple[str, ...]:
     """An output matrix that some folders store although it is the embedding table."""
     tied = model.decoder is not None and model.decoder.tied
-    return (r"(.*\.)?lm_head\.weight",) if tied else ()
+    return (OUTPUT,) if tied else ()
 
 
 def _first(names: list[str]) -> str:
@@ -328,6 +363,11 @@ def _config(stored: store.Stored, known: Family) -> dict[str, Any]:
     What it said when the model came is left where our fields say the same: an image size of 384
     pixels, say, of which patches of 14 see 378.
     """
+    try:
+        if known.read(stored.published) == stored.model:
+            return dict(stored.published)
+    except (ConfigError, KeyError, AttributeError, TypeError, ValueError, ZeroDivisionError):
+        pass  # it is of another family, or there is none
     written = known.write(stored.model)
     try:
         same = known.write(known.read(stored.published)) == written

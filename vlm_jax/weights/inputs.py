@@ -66,6 +66,9 @@ def text(arrays: Arrays, others: Sequence[str] = ()) -> Prompts:
     real = np.ones(tokens.shape, bool) if mask is None else np.asarray(mask).astype(bool)
     if real.shape != tokens.shape:
         raise DataError(f"attention_mask has shape {real.shape}; input_ids has {tokens.shape}")
+    edges = np.diff(np.pad(real, ((0, 0), (1, 1))).astype(np.int8), axis=1)
+    if ((edges == 1).sum(axis=1) > 1).any():
+        raise DataError("attention_mask has holes; expected padding before or behind the text only")
     order = np.argsort(~real, axis=1, kind="stable")
     moved = np.take_along_axis(real, order, axis=1)
     nothing = np.full(tokens.shape, -1, np.int32)
@@ -267,8 +270,11 @@ def array(arrays: Arrays, name: str, axes: int) -> np.ndarray:
     if name not in arrays:
         raise DataError(f"the inputs lack {name}; they have {', '.join(arrays) or 'nothing'}")
     found = np.asarray(arrays[name])
-    if found.ndim != axes:
-        raise DataError(f"{name} has shape {found.shape}; expected {axes} axes")
+    if found.ndim != axes or not found.size or found.dtype.kind not in "biuf":
+        raise DataError(
+            f"{name} has shape {found.shape} and dtype {found.dtype}; expected {axes} axes "
+            "of numbers, none of them empty"
+        )
     return found
 
 

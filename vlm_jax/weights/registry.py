@@ -68,7 +68,11 @@ def _text(model: Model, hf: Mapping[str, Any], arrays: inputs.Arrays) -> inputs.
     return inputs.text(arrays)
 
 
-def _decoder(model_type: str, architecture: str, renames=()) -> Family:
+# A base class saves its tensors without the name that the class with an output gives it.
+_BASE = ((r"^(layers|embed_tokens|norm)\.", r"model.\1."),)
+
+
+def _decoder(model_type: str, architecture: str, renames=_BASE) -> Family:
     """A family whose folders hold a decoder alone."""
     module = towers.DECODERS[model_type]
     return Family(
@@ -177,6 +181,17 @@ FAMILIES |= {
     name: _encoder(name, architecture, _MODULES[name], way, renames)
     for name, (architecture, way, renames) in ENCODERS.items()
 }
+FAMILIES["pix2struct"] = dataclasses.replace(
+    FAMILIES["pix2struct_vision_model"],
+    architecture="Pix2StructForConditionalGeneration",
+    read=lambda hf: Model(encoder=pix2struct_vision_model.read(hf.get("vision_config") or {})),
+    write=lambda model: {
+        "model_type": "pix2struct",
+        "vision_config": pix2struct_vision_model.write(model.encoder),
+    },
+    rows=lambda model: placed(pix2struct_vision_model.rows(model.encoder), "encoder/", "encoder."),
+    carried=lambda model: (r"decoder\..*",),
+)
 # Published files of Segment Anything hold its other parts too, which are carried.
 FAMILIES["sam"] = dataclasses.replace(
     FAMILIES["sam_vision_model"],
@@ -228,7 +243,7 @@ def family(model_type: Any) -> Family:
     Raises:
       ConfigError: it is not known; names the nearest.
     """
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         nearest = difflib.get_close_matches(str(model_type), FAMILIES, n=1)
         hint = f" Did you mean {nearest[0]}?" if nearest else ""
         raise ConfigError(

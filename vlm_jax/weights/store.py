@@ -61,7 +61,7 @@ def is_model(path: Path) -> bool:
     """Whether a folder is one of these."""
     try:
         return json.loads((path / "config.json").read_text()).get("format") == FORMAT
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return False
 
 

@@ -40,7 +40,7 @@ def read(hf: Fields[str, Any]) -> Mapping:
         "seeds": hf.get("prefix_length_clip", 10),
         "layers": hf.get("num_layers", 8),
     }
-    return Mapping(form=fields.setting(hf, "mapping_type", "mlp", FORMS), **fields)
+    return Mapping(form=setting(hf, "mapping_type", "mlp", FORMS), **fields)
 
 
 def write(preset: Mapping) -> dict[str, Any]:

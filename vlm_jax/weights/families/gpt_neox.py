@@ -17,7 +17,7 @@ def read(hf: Mapping[str, Any]) -> Decoder:
       ConfigError: it asks for something that no field says.
     """
     fields.expect(hf, attention_bias=True)
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     fields.expect(rope, rope_type="default", type="default")
     width, heads = hf.get("hidden_size", 6144), hf.get("num_attention_heads", 64)
     return Decoder(

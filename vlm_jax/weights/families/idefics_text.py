@@ -101,7 +101,8 @@ def read(hf: Mapping[str, Any]) -> tuple[Decoder, CrossAttention]:
         rope["rope_type"] == "default", "rope_parameters.rope_type", rope["rope_type"], "default"
     )
     _require(given["dropout"] == 0, "dropout", given["dropout"], "0")
-    for key, choices in (("hidden_act", ACTIVATIONS), ("alpha_type", GATES)):
+    known = {k: v for k, v in ACTIVATIONS.items() if v in CrossAttention.CHOICES["activation"]}
+    for key, choices in (("hidden_act", known), ("alpha_type", GATES)):
         _require(given[key] in choices, key, given[key], f"one of {', '.join(choices)}")
     _require(depth % every == 0, "cross_layer_interval", every, f"a divisor of {depth} layers")
     _require(width % heads == 0, "num_attention_heads", heads, f"a divisor of the width {width}")

@@ -11,6 +11,12 @@ from vlm_jax.weights.tables import Row, linear, norm
 CARRIED = ()
 KINDS = {"sliding_attention": "local", "full_attention": "global"}
 _GEMMA = {"norm": "rms_plus_one", "embed_root": True}
+_QWEN = {
+    "vocab_size": 151_936,
+    "intermediate_size": 22_016,
+    "num_key_value_heads": 32,
+    "sliding_window": 4096,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +29,8 @@ class Traits:
       activation: the key of the activation.
       local: which layers look back a window where `layer_types` does not say: all ("all"), those
         that `use_sliding_window` and `max_window_layers` name ("late"), or all but every n-th.
-      biased: key that says whether queries, keys and values have biases; "" = it is in `fields`.
+      biased: key that says whether all of attention has biases; "" = `fields` says it.
+      mlp_biased: the same of the feed-forward part.
     """
 
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -31,29 +38,46 @@ class Traits:
     activation: str = "hidden_act"
     local: str | int = ""
     biased: str = ""
+    mlp_biased: str = ""
 
 
 TRAITS = {
-    "llama": Traits(biased="attention_bias"),
+    "llama": Traits(biased="attention_bias", mlp_biased="mlp_bias"),
     "mistral": Traits(
         defaults={"intermediate_size": 14_336, "num_key_value_heads": 8, "sliding_window": 4096},
         local="all",
     ),
-    "qwen2": Traits(
-        {"qkv_bias": True}, {"num_key_value_heads": 32, "sliding_window": 4096}, local="late"
-    ),
+    "qwen2": Traits({"qkv_bias": True}, _QWEN, local="late"),
     "qwen3": Traits(
         {"qk_norm": True},
-        {"num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096},
+        _QWEN | {"head_dim": 128},
         local="late",
         biased="attention_bias",
     ),
     "gemma": Traits(
-        _GEMMA, {"head_dim": 256, "tie_word_embeddings": True, "hidden_act": "gelu_pytorch_tanh"}
+        _GEMMA,
+        {
+            "vocab_size": 256_000,
+            "hidden_size": 3072,
+            "intermediate_size": 24_576,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 16,
+            "head_dim": 256,
+            "tie_word_embeddings": True,
+            "hidden_act": "gelu_pytorch_tanh",
+        },
+        biased="attention_bias",
     ),
     "gemma2": Traits(
         _GEMMA | {"post_norms": True},
         {
+            "vocab_size": 256_000,
+            "hidden_size": 2304,
+            "intermediate_size": 9216,
+            "num_hidden_layers": 26,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
             "head_dim": 256,
             "tie_word_embeddings": True,
             "hidden_activation": "gelu_pytorch_tanh",
@@ -64,9 +88,11 @@ TRAITS = {
         },
         activation="hidden_activation",
         local=2,
+        biased="attention_bias",
     ),
     "gemma3_text": Traits(
-        _GEMMA | {"post_norms": True, "qk_norm": True},
+        # transformers stores a cap on scores and does not apply it.
+        _GEMMA | {"post_norms": True, "qk_norm": True, "attention_cap": 0.0},
         {
             "vocab_size": 262_208,
             "hidden_size": 2304,
@@ -84,6 +110,7 @@ TRAITS = {
         },
         activation="hidden_activation",
         local=6,
+        biased="attention_bias",
     ),
 }
 _DEFAULTS = {
@@ -117,7 +144,8 @@ def read(hf: Mapping[str, Any]) -> Decoder:
         hf["num_hidden_layers"],
     )
     head_dim = hf.get("head_dim") or width // heads
-    scale = hf.get("query_pre_attn_scalar") or head_dim
+    gemma = hf if "query_pre_attn_scalar" in traits.defaults else {}  # others have no such fields
+    scale = gemma.get("query_pre_attn_scalar") or head_dim
     kinds = _kinds(traits, hf, depth)
     local = "local" in kinds
     return Decoder(
@@ -133,10 +161,10 @@ def read(hf: Mapping[str, Any]) -> Decoder:
             "activation": _activation(traits, hf),
             "qkv_bias": biased,
             "out_bias": biased,
-            "mlp_bias": bool(hf.get("mlp_bias")),
+            "mlp_bias": bool(hf.get(traits.mlp_biased)),
             "query_scale": 0.0 if scale == head_dim else float(scale),
-            "attention_cap": float(hf.get("attn_logit_softcapping") or 0.0),
-            "logit_cap": float(hf.get("final_logit_softcapping") or 0.0),
+            "attention_cap": float(gemma.get("attn_logit_softcapping") or 0.0),
+            "logit_cap": float(gemma.get("final_logit_softcapping") or 0.0),
             "window": hf["sliding_window"] if local else 0,
             "pattern": fields.period(kinds),
             "tied": hf["tie_word_embeddings"],
@@ -147,12 +175,18 @@ def read(hf: Mapping[str, Any]) -> Decoder:
 
 
 # Fields where null says something else than absence.
-_NULL = {"sliding_window", "attn_logit_softcapping", "final_logit_softcapping"}
+_NULL = {
+    "sliding_window",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "num_key_value_heads",
+}
 
 
 def _activation(traits: Traits, hf: Mapping[str, Any]) -> str:
     # Gemma's first config.json says "gelu" and means its approximation, as transformers warns.
-    approximate = traits.fields.get("embed_root") and hf[traits.activation] == "gelu"
+    first = traits.fields.get("embed_root") and traits.activation == "hidden_act"
+    approximate = first and hf[traits.activation] == "gelu"
     return "gelu_tanh" if approximate else fields.activation(hf, traits.activation, "silu")
 
 
@@ -162,7 +196,7 @@ def _kinds(traits: Traits, hf: Mapping[str, Any], depth: int) -> tuple[str, ...]
         traits.local == "late" and not hf.get("use_sliding_window")
     ):
         return ("global",) * depth
-    if hf.get("layer_types"):
+    if hf.get("layer_types") and traits.local not in ("", "all"):
         return tuple(KINDS[kind] for kind in hf["layer_types"])
     if traits.local == "late":
         late = hf.get("max_window_layers", 28)
@@ -176,11 +210,15 @@ def _kinds(traits: Traits, hf: Mapping[str, Any], depth: int) -> tuple[str, ...]
 
 def _rope(hf: Mapping[str, Any], local: bool) -> dict[str, Any]:
     """Fields of the rotary frequencies, from either generation of config.json."""
-    rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+    scaling, rope = dict(hf.get("rope_scaling") or {}), dict(hf.get("rope_parameters") or {})
     found = {}
     if "full_attention" in rope:
-        found["local_theta"] = (rope.get("sliding_attention") or {}).get("rope_theta")
-        rope = dict(rope["full_attention"])
+        local_rope = rope.get("sliding_attention") or {}
+        fields.expect(local_rope, rope_type="default")
+        found["local_theta"] = local_rope.get("rope_theta")
+        rope = dict(rope["full_attention"] or {}) | scaling
+    else:
+        rope = scaling or rope
     if "rope_local_base_freq" in hf and not found.get("local_theta"):
         found["local_theta"] = hf["rope_local_base_freq"]
     if not local:
@@ -192,7 +230,8 @@ def _rope(hf: Mapping[str, Any], local: bool) -> dict[str, Any]:
     if kind != "default":
         found["rope_factor"] = float(rope["factor"])
     if kind == "llama3":
-        found["rope_original"] = rope["original_max_position_embeddings"]
+        longest = hf.get("max_position_embeddings", 2048)
+        found["rope_original"] = rope.get("original_max_position_embeddings") or longest
         found["rope_low"] = float(rope["low_freq_factor"])
         found["rope_high"] = float(rope["high_freq_factor"])
     return found
@@ -217,8 +256,8 @@ def write(decoder: Decoder, model_type: str) -> dict[str, Any]:
     }
     if traits.biased:
         hf[traits.biased] = d.qkv_bias
-    if d.mlp_bias:
-        hf["mlp_bias"] = True
+    if traits.mlp_biased:
+        hf[traits.mlp_biased] = d.mlp_bias
     if "query_pre_attn_scalar" in traits.defaults:
         scale = d.query_scale or d.head_dim
         hf["query_pre_attn_scalar"] = int(scale) if scale == int(scale) else scale

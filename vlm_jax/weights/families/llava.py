@@ -20,6 +20,15 @@ RENAMES = (
 )
 SELECT = {"default": False, "full": True}  # whether the class token is kept
 VISION, TEXT = "vision_tower.", "language_model."
+# Where config.json has none: CLIP ViT-L/14 at 336 pixels.
+VISION_CONFIG = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+    "image_size": 336,
+}
 
 
 def renames(model: Model) -> tuple[tuple[str, str], ...]:
@@ -37,12 +46,15 @@ def read(hf: Mapping[str, Any]) -> Model:
       ConfigError: it says what no preset does.
     """
     layer = hf.get("vision_feature_layer", -2)
+    layer = layer[0] if isinstance(layer, list) and len(layer) == 1 else layer
     fields.expect({"vision_feature_layer": type(layer).__name__}, vision_feature_layer="int")
     select = hf.get("vision_feature_select_strategy", "default")
     fields.expect(
         {"vision_feature_select_strategy": select}, vision_feature_select_strategy=tuple(SELECT)
     )
-    encoder = towers.read(towers.ENCODERS, hf.get("vision_config") or {}, "clip_vision_model")
+    encoder = towers.read(
+        towers.ENCODERS, hf.get("vision_config") or VISION_CONFIG, "clip_vision_model"
+    )
     # Hidden states are counted from the embeddings on, and taken before the last norm.
     layer = layer if layer < 0 else layer - encoder.depth - 1
     if not SELECT[select] and not encoder.class_token:
@@ -53,7 +65,10 @@ def read(hf: Mapping[str, Any]) -> Model:
     encoder = dataclasses.replace(
         encoder, layer=layer, final_norm=False, keep_class=SELECT[select] and encoder.class_token
     )
-    decoder = towers.read(towers.DECODERS, hf.get("text_config") or {}, "llama")
+    text = fields.part(hf, "text_config")
+    # Either level may say so; that an output matrix comes all the same is seen when it is read.
+    tied = hf.get("tie_word_embeddings") or text.get("tie_word_embeddings") or False
+    decoder = towers.read(towers.DECODERS, {**text, "tie_word_embeddings": tied}, "llama")
     return Model(encoder, llava_projector.read(hf), decoder)
 
 
