@@ -7,6 +7,7 @@ from collections.abc import Mapping as Fields
 from typing import Any
 
 from vlm_jax.presets.mapping import Mapping
+from vlm_jax.weights.fields import setting
 from vlm_jax.weights.tables import Row, linear, norm, placed
 
 CARRIED: tuple[str, ...] = ()
