@@ -16,7 +16,7 @@ import numpy as np
 from vlm_jax import config as configs
 from vlm_jax.errors import ConfigError, DataError
 from vlm_jax.models import params
-from vlm_jax.weights import files, gguf, gguf_tokenizer, npz, registry, store
+from vlm_jax.weights import files, gguf, gguf_tokenizer, npz, processors, registry, store
 from vlm_jax.weights.families import big_vision, efficientnet_lite
 from vlm_jax.weights.registry import Family, family
 from vlm_jax.weights.tables import (
@@ -347,6 +347,9 @@ def export_folder(stored: store.Stored, target: Path, model_type: str = "") -> N
     target.mkdir(parents=True, exist_ok=True)
     files.write_shards(target, tensors, pieces)
     copy_kept(stored.path / store.SOURCE, target)
+    for name, content in processors.written(stored.model, model_type).items():
+        if not (target / name).exists():
+            (target / name).write_text(json.dumps(content, indent=2) + "\n")
     config = _config(stored, known)
     # A class of the same family with a head that we carry, say, stays that class.
     same = model_type == stored.family and stored.published.get("architectures")
