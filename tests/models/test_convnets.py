@@ -334,7 +334,10 @@ def test_dropped_paths_need_a_key():
         return params.build(Model(preset), flat).encoder(images, key).x
 
     np.testing.assert_allclose(
-        see(weights(case), None)[0], golden("convnext_pooled")[1][0], rtol=1e-4
+        see(weights(case), None)[0],
+        golden("convnext_pooled")[1][0],
+        rtol=1e-4,
+        atol=1e-6,  # a millionth of the largest: one feature is nearly zero
     )
     dropped = np.asarray(see(weights(case), jax.random.key(0)))
     # Of the three blocks the first is never dropped, the others by chances of 1/4 and 1/2.
