@@ -24,7 +24,7 @@ from vlm_jax.batch import Batch
 from vlm_jax.config import Model
 from vlm_jax.models import params, sampling
 from vlm_jax.presets.decoders import Decoder, decoder
-from vlm_jax.weights import tables
+from vlm_jax.weights import registry, tables
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 EXACT = {"dtype": "float32", "remat": False}
@@ -32,20 +32,6 @@ SIZES = {
     "tiny": Decoder(2048, 256, 6, 768, 4, 2, 64, tied=True, **EXACT),
     "smollm2-135m": decoder("smollm2-135m", **EXACT),
 }
-BLOCK, LAYER = "decoder/stack/blocks/", "model.layers.{}."
-ROWS = (
-    tables.Row("decoder/embedding", "model.embed_tokens.weight"),
-    *tables.norm("decoder/norm", "model.norm", bias=False),
-    *tables.norm(BLOCK + "norm1", LAYER + "input_layernorm", bias=False),
-    *tables.norm(BLOCK + "norm2", LAYER + "post_attention_layernorm", bias=False),
-    *tables.linear(BLOCK + "attention/query", LAYER + "self_attn.q_proj", bias=False),
-    *tables.linear(BLOCK + "attention/key", LAYER + "self_attn.k_proj", bias=False),
-    *tables.linear(BLOCK + "attention/value", LAYER + "self_attn.v_proj", bias=False),
-    *tables.linear(BLOCK + "attention/out", LAYER + "self_attn.o_proj", bias=False),
-    *tables.linear(BLOCK + "mlp/gate", LAYER + "mlp.gate_proj", bias=False),
-    *tables.linear(BLOCK + "mlp/up", LAYER + "mlp.up_proj", bias=False),
-    *tables.linear(BLOCK + "mlp/down", LAYER + "mlp.down_proj", bias=False),
-)
 
 
 def main() -> None:
@@ -64,7 +50,9 @@ def main() -> None:
         theirs = _llama(model.decoder)
         shapes = {path: leaf.shape for path, leaf in params.abstract(model).items()}
         tensors = {name: x.numpy() for name, x in theirs.state_dict().items()}
-        flat = jax.tree.map(jax.numpy.asarray, tables.gather(ROWS, shapes, tensors))
+        flat = jax.tree.map(
+            jax.numpy.asarray, tables.gather(registry.family("llama").rows(model), shapes, tensors)
+        )
         for rows in options.batches:
             rng = np.random.default_rng(rows)
             tokens = rng.integers(0, model.decoder.vocab, (rows, options.prompt))

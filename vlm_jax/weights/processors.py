@@ -85,6 +85,10 @@ PROCESSORS: Mapping[str, tuple[Callable[[Any, str], dict[str, Any]], str, str]] 
 }
 
 
+# Processors that count an image's placeholders themselves, from these fields.
+COUNTING = ("LlavaProcessor", "LlavaNextProcessor")
+
+
 def written(model: Model, model_type: str) -> dict[str, dict[str, Any]]:
     """File name -> content; nothing for families whose pictures have no such config."""
     if model_type not in PROCESSORS:
@@ -93,7 +97,7 @@ def written(model: Model, model_type: str) -> dict[str, dict[str, Any]]:
     found = {"preprocessor_config.json": prepare(model.encoder, kind)}
     if processor:
         config: dict[str, Any] = {"processor_class": processor}
-        if model_type.startswith("llava"):  # whose processor counts placeholders itself
+        if processor in COUNTING:
             encoder = model.encoder
             dropped = encoder.class_token and not encoder.keep_class
             config |= {

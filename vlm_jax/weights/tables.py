@@ -59,10 +59,6 @@ class Layout(NamedTuple):
     theirs: Callable[[np.ndarray], np.ndarray]
 
 
-def _moved(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    return np.moveaxis(array, 0, -1).reshape(shape)
-
-
 def _square(array: np.ndarray) -> np.ndarray:
     """Flattened patches [p * p * 3, D] as a convolution's kernel [D, 3, p, p]."""
     side = round((len(array) // 3) ** 0.5)
