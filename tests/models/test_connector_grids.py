@@ -123,6 +123,19 @@ def test_a_flat_connector_is_one_matrix_over_all_features_of_an_image():
     assert relative_error(run(case, leaves, fed), wanted) < 1e-5
 
 
+@pytest.mark.parametrize("kind", ["linear", "mlp", "flat"])
+def test_out_scale_makes_the_last_initial_weights_smaller_and_no_others(kind):
+    def drawn(**scale):
+        model = Case(None, Connector(kind, queries=3, **scale), ((2, 3, 5),), 4).model
+        return {p: leaf for p, leaf in params.init(model, jax.random.key(3)).items() if p[0] == "c"}
+
+    last = {"linear": "layers/0", "mlp": "layers/1", "flat": "flat"}[kind]
+    whole, small = drawn(), drawn(out_scale=0.25)
+    for path, leaf in whole.items():
+        factor = 0.25 if path == f"connector/{last}/kernel" else 1.0
+        np.testing.assert_array_equal(small[path], factor * leaf)
+
+
 @pytest.mark.parametrize("newline, places", [("row", (3, 7)), ("token", (6,))])
 def test_newlines_stand_behind_rows_or_behind_all(newline, places):
     case = Case(None, Connector("none", newline=newline, out=5), ((2, 3, 5),), 5)

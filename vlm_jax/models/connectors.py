@@ -50,6 +50,8 @@ class Projector(nnx.Module):
         self.layers = nnx.List(
             [Linear((i,), (o,), bias=connector.bias, rngs=rngs) for i, o in sizes]
         )
+        if self.layers:
+            _rescale(self.layers[-1], connector)
         self.newline = _newline(connector, width, rngs)
 
     def __call__(self, seen: tuple[Features, ...], texts: Texts = None, key: Array | None = None):
@@ -70,6 +72,7 @@ class Flat(nnx.Module):
         self.input_norm = _norm(connector.input_norm, features, connector) if normed else None
         outputs = connector.queries, connector.output(width)
         self.flat = Linear((count, features), outputs, bias=connector.bias, rngs=rngs)
+        _rescale(self.flat, connector)
         self.newline = _newline(connector, width, rngs)
 
     def __call__(self, seen: tuple[Features, ...], texts: Texts = None, key: Array | None = None):
@@ -178,6 +181,11 @@ class Perceiver(nnx.Module):
 
 def _norm(name: str, width: int, connector: Connector) -> nnx.Module:
     return NORMS[name](width, connector.norm_eps)
+
+
+def _rescale(layer: Linear, connector: Connector) -> None:
+    """Makes the layer's initial weights as large as the connector wants them."""
+    layer.kernel[...] *= connector.out_scale
 
 
 def _newline(connector: Connector, width: int, rngs: nnx.Rngs) -> nnx.Param | None:

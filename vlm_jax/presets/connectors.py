@@ -69,6 +69,8 @@ class Connector:
       input_norm: norm of the features before a projection, "none" or as `norm`.
       activation: between the layers of an "mlp".
       bias: of the layers of a projection.
+      out_scale: what the initial weights of a projection's last layer are multiplied by. Below 1,
+        visual tokens start as small as a pretrained decoder's embeddings.
       newline: "row" puts a learned token behind every row of the grid (Cambrian), "token" one
         behind all others, to stand where the host wants it (LLaVA-NeXT, mPLUG-Owl).
       embed: what brings features to the width of a "perceiver": "linear", "none", or "swiglu" with
@@ -102,6 +104,7 @@ class Connector:
     input_norm: str = "none"
     activation: str = "gelu"
     bias: bool = True
+    out_scale: float = 1.0
     newline: str = "none"
     embed: str = "linear"
     embed_hidden: int = 0
