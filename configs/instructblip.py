@@ -1,8 +1,8 @@
 """InstructBLIP (Dai et al. 2023, arXiv 2305.06500): BLIP-2 whose Q-Former reads the instruction,
 before a frozen Vicuna-1.1.
 
-Variants: `7b` or `13b`. LAVIS has no training config: the figures are the paper's. The
-data gives the Q-Former no instruction yet: it trains as BLIP-2's does, and its text side does not.
+Variants: `7b` or `13b`. LAVIS has no training config: the figures are the paper's. The Q-Former
+reads what the user asks; for its published weights, `data.instruction_tokenizer` is BERT's.
 """
 
 from configs import blip2, common

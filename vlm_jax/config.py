@@ -59,6 +59,11 @@ class Model:
         return (() if self.encoder is None else (self.encoder,)) + self.extra_encoders
 
     @property
+    def instructed(self) -> bool:
+        """Whether the connector reads what is asked about an image (InstructBLIP)."""
+        return isinstance(self.connector, QFormer) and self.connector.vocab > 0
+
+    @property
     def visual_tokens(self) -> int:
         """Visual tokens per image, Q."""
         return self.connector.visual_tokens(self.encoders)
@@ -132,7 +137,9 @@ class Data:
       rows: rows of the global batch, B.
       tokens: text positions of a row, T.
       images_per_row: image slots of a row, N.
-      text_tokens: tokens kept of an image's second text, S.
+      text_tokens: tokens of an image's second text, S. It is the image's own text, cut there, which
+        auxiliary losses read; or what is asked about it, never cut, where the connector reads that.
+      instruction_tokenizer: of what the connector reads, as `tokenizer`; "" = the same.
       views: pictures of one thing that come one after the other in training, so that a batch holds
         what the contrastive loss draws together; 1 shuffles pictures without regard to that.
       pool: documents the packer chooses from; more of them, less padding.
@@ -150,6 +157,7 @@ class Data:
     tokens: int = 256
     images_per_row: int = 8
     text_tokens: int = 16
+    instruction_tokenizer: str = ""
     views: int = 1
     pool: int = 64
     threads: int = 2
@@ -501,6 +509,15 @@ def check(config: Config) -> None:
         config.train.bag_of_words,
         "0 where visual tokens are not as wide as the decoder, whose output matrix it reads with",
     )
+    if model.instructed:
+        for name in ("bag_of_words", "contrastive"):
+            weight = getattr(config.train, name)
+            expected = "0 beside a connector that reads instructions: the batch has one second text"
+            _require(weight == 0, f"train.{name}", weight, expected)
+        longest = model.connector.positions
+        fits = data.text_tokens <= longest
+        expected = f"at most the {longest} positions of the connector"
+        _require(fits, "data.text_tokens", data.text_tokens, expected)
     temperature = config.train.temperature
     _require(temperature > 0, "train.temperature", temperature, "more than 0")
     for rule in config.adaptation:

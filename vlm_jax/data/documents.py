@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 
 from vlm_jax.config import Config
 from vlm_jax.data import chat, images
+from vlm_jax.data import tokenizer as tokenizers
 from vlm_jax.data.example import Example, Image, ImageRef, Turn
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.errors import DataError
@@ -63,10 +64,10 @@ def document(
       DataError: a turn has an unknown role.
     """
     rendered = render(example.turns, config, tokenizer)
-    spans = rendered.image_spans
-    too_long = _too_long(rendered, config)
+    spans, texts = rendered.image_spans, _second_texts(example, rendered, config, tokenizer)
+    too_long = _too_long(rendered, texts, config)
     if too_long:
-        return _build(example, _EMPTY, config, tokenizer, (), (too_long,))
+        return _build(example, _EMPTY, config, [], (), (too_long,))
     augment = None if rng is None else config.data.augment
     pictures, rejects = [], []
     for span in spans:
@@ -77,7 +78,7 @@ def document(
             blank = lambda encoder: np.zeros((*encoder.size, 3), np.float32)  # noqa: E731
             pictures.append(tuple(map(blank, config.model.encoders)))
             rejects.append(bad.reason)
-    return _build(example, rendered, config, tokenizer, pictures, tuple(rejects))
+    return _build(example, rendered, config, texts, pictures, tuple(rejects))
 
 
 def prompt_document(
@@ -86,12 +87,19 @@ def prompt_document(
     """A conversation up to where the assistant speaks next.
 
     Raises:
-      DataError: a picture cannot be used, or the prompt is longer than `data.tokens`.
+      DataError: a picture cannot be used, or the prompt is longer than `data.tokens` or what the
+        connector reads of it longer than `data.text_tokens`.
     """
     prompt = Example("prompt", "prompt", tuple(pictures), tuple(turns))
     rendered = render(turns, config, tokenizer, reply=True)
-    too_long = _too_long(rendered, config)
-    if too_long:
+    texts = _second_texts(prompt, rendered, config, tokenizer)
+    reason = _too_long(rendered, texts, config)
+    if reason == "too_many_instruction_tokens":
+        raise DataError(
+            f"what is asked has {max(map(len, texts))} tokens for the connector; "
+            f"config.data.text_tokens allows {config.data.text_tokens}"
+        )
+    if reason:
         raise DataError(
             f"the prompt has {len(rendered.tokens)} tokens and {len(rendered.image_spans)} images; "
             f"config.data allows {config.data.tokens} and {config.data.images_per_row}"
@@ -103,7 +111,7 @@ def prompt_document(
         except images.BadImage as bad:
             raise DataError(f"image {span.index + 1} of the prompt cannot be used: {bad}") from bad
         seen.append(images.fit_all(rgba, config.model.encoders))
-    return _build(prompt, rendered, config, tokenizer, seen, ())
+    return _build(prompt, rendered, config, texts, seen, ())
 
 
 def render(
@@ -111,7 +119,7 @@ def render(
 ) -> chat.Rendered:
     """Tokens and loss weights of a conversation under the config's template, without pixels."""
     if not config.data.images:
-        turns = [dataclasses.replace(turn, parts=_texts(turn)) for turn in turns]
+        turns = [dataclasses.replace(turn, parts=_words(turn)) for turn in turns]
     template = chat.template(config.data.template)
     return chat.render(template, tokenizer, turns, config.model.image_positions, reply)
 
@@ -119,15 +127,35 @@ def render(
 _EMPTY = chat.Rendered(np.zeros(0, np.int32), np.zeros(0, np.float32), ())
 
 
-def _texts(turn: Turn) -> tuple[str, ...]:
+def _words(turn: Turn) -> tuple[str, ...]:
     return tuple(part for part in turn.parts if not isinstance(part, ImageRef))
 
 
-def _too_long(rendered: chat.Rendered, config: Config) -> str:
+def _second_texts(
+    example: Example, rendered: chat.Rendered, config: Config, tokenizer: Tokenizer
+) -> list[list[int]]:
+    """Ids of the second text of each image: its own, or what is asked in the turn it stands in."""
+    if not config.model.instructed:
+        own, size = example.image_texts, config.data.text_tokens
+        spans = [span.index for span in rendered.image_spans]
+        return [tokenizer.encode(own[i])[:size] if i < len(own) else [] for i in spans]
+    if not config.data.images:
+        return []
+    reader = tokenizers.for_instructions(config)
+    found = []
+    for turn in example.turns:
+        asked = "".join(_words(turn)).strip() if turn.role == "user" else ""
+        found += [reader.encode_alone(asked)] * (len(turn.parts) - len(_words(turn)))
+    return found
+
+
+def _too_long(rendered: chat.Rendered, texts: list[list[int]], config: Config) -> str:
     if len(rendered.tokens) > config.data.tokens:
         return "too_many_tokens"
     if len(rendered.image_spans) > config.data.images_per_row:
         return "too_many_images"
+    if any(len(ids) > config.data.text_tokens for ids in texts):
+        return "too_many_instruction_tokens"
     return ""
 
 
@@ -141,7 +169,7 @@ def _build(
     example: Example,
     rendered: chat.Rendered,
     config: Config,
-    tokenizer: Tokenizer,
+    second_texts: Sequence[Sequence[int]],
     pictures: Sequence[tuple[np.ndarray, ...]],
     rejects: tuple[str, ...],
 ) -> Document:
@@ -151,10 +179,8 @@ def _build(
         rendered, model.visual_tokens if model.visual_in_sequence else 0
     )
     texts = np.zeros((len(rendered.image_spans), size), np.int32)
-    for row, span in zip(texts, rendered.image_spans, strict=True):
-        if span.index < len(example.image_texts) and not rejects:
-            ids = tokenizer.encode(example.image_texts[span.index])[:size]
-            row[: len(ids)] = ids
+    for row, ids in zip(texts, second_texts, strict=True):
+        row[: 0 if rejects else len(ids)] = () if rejects else ids
     weights = rendered.loss_weights
     pixels, *extra_pixels = _stacked(pictures, config)
     return Document(

@@ -279,10 +279,19 @@ def _fingerprint(
         "images_per_row": data.images_per_row,
         "visual_tokens": config.model.image_positions,
         **_sizes(config),
+        **_instructions(config),
         "pool": data.pool,
         "views": data.views,
         **order.fingerprint(opened, data.views),
     }
+
+
+def _instructions(config: Config) -> dict[str, Any]:
+    """Of what the connector reads; nothing where it reads none."""
+    if not config.model.instructed:
+        return {}
+    reader = tokenizers.for_instructions(config)
+    return {"instructions": [reader.fingerprint, config.data.text_tokens]}
 
 
 def _sizes(config: Config) -> dict[str, Any]:

@@ -16,8 +16,8 @@ EMBEDDED = pathlib.Path(__file__).parent / "embedded" / "tokenizer.json"
 # The names that published tokenizers use, the most specific first; the first one present is taken.
 SPECIALS = {
     "pad": ("<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>", "</s>"),
-    "bos": ("<bos>", "<s>", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>"),
-    "eos": ("<eos>", "</s>", "<|end_of_text|>", "<|im_end|>", "<|endoftext|>"),
+    "bos": ("<bos>", "<s>", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>", "[CLS]"),
+    "eos": ("<eos>", "</s>", "<|end_of_text|>", "<|im_end|>", "<|endoftext|>", "[SEP]"),
 }
 # Only a placeholder: what stands there is replaced by visual tokens, so any id will do.
 IMAGE = ("<image>", "<|image|>", "<image_soft_token>", "<|image_pad|>")
@@ -44,6 +44,10 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of a text; special tokens spelled out in it are read as ordinary text."""
         return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode_alone(self, text: str) -> list[int]:
+        """Ids of a text with what this tokenizer puts around one, such as [CLS] and [SEP]."""
+        return self.backend.encode(text).ids
 
     def encode_with_starts(self, text: str) -> tuple[list[int], list[int]]:
         """Ids, and for each the character of `text` at which it starts."""
@@ -105,13 +109,38 @@ def for_config(config: Config) -> Tokenizer:
     """The config's tokenizer.
 
     Raises:
-      ConfigError: it has more ids than the decoder has embeddings, or cannot be read.
+      ConfigError: it has more ids than the decoder has embeddings, or cannot be read; or the one
+        that the connector needs.
     """
     tokenizer = load(config.data.tokenizer)
     if tokenizer.size > config.model.decoder.tokens:
         raise ConfigError(
             f"config.model.decoder.vocab is {config.model.decoder.tokens}; the tokenizer "
             f"{config.data.tokenizer!r} needs at least {tokenizer.size}"
+        )
+    if config.model.instructed:
+        for_instructions(config)
+    return tokenizer
+
+
+def for_instructions(config: Config) -> Tokenizer:
+    """The tokenizer of what an instructed connector reads.
+
+    Raises:
+      ConfigError: it has more ids than the connector has embeddings, a token that counts as
+        padding, or cannot be read.
+    """
+    name = config.data.instruction_tokenizer or config.data.tokenizer
+    tokenizer, rows = load(name), config.model.connector.vocab
+    if tokenizer.size > rows:
+        raise ConfigError(
+            f"config.model.connector.vocab is {rows}; the tokenizer {name!r} of its instructions "
+            f"needs at least {tokenizer.size}"
+        )
+    if tokenizer.pad:
+        raise ConfigError(
+            f"config.data.instruction_tokenizer is {name!r}, whose padding is {tokenizer.pad}; "
+            "expected one whose padding is 0, as 0 is read as padding in second texts"
         )
     return tokenizer
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from vlm_jax import config as configs
 from vlm_jax.batch import Batch, Images
@@ -23,6 +23,8 @@ from vlm_jax.models.vlm import tokens_of
 MEMORY = 2 * 2**30  # bytes of visual tokens that are remembered
 
 Seen = Float[np.ndarray, "... Q D"] | Visual
+Texts = Int[Array, "B N S"] | None  # what is asked, where the connector reads it
+Slots = tuple[tuple[Images, ...], Texts]
 
 
 class Vision:
@@ -56,7 +58,8 @@ class Vision:
         visual = jax.tree.map(empty, _of_one_image(model))
         if data.images and count:
             images = (batch.images, *batch.extra_images)
-            slots = tuple(map(_slots, images, model.encoders))
+            texts = _flat(batch.image_texts)[:, None] if model.instructed else None
+            slots = tuple(map(_slots, images, model.encoders)), texts
             places = list(zip(*np.nonzero(grids.any(axis=-1)), strict=True))
             names = {place: _name(slots, place[0] * count + place[1]) for place in places}
             self._remember(slots, {names[row, n]: row * count + n for row, n in places})
@@ -64,7 +67,7 @@ class Vision:
                 _put(visual, place, self._known[name])
         return visual
 
-    def _remember(self, slots: tuple[Images, ...], wanted: Mapping[bytes, int]) -> None:
+    def _remember(self, slots: Slots, wanted: Mapping[bytes, int]) -> None:
         """Encodes the slots, by name, that are not known yet, in batches of one shape."""
         if sum(leaf.nbytes for leaf in jax.tree.leaves(self._known)) > MEMORY:
             self._known.clear()
@@ -74,8 +77,8 @@ class Vision:
             names, chosen = zip(*new[start : start + rows], strict=True)
             # The last batch is filled up by repeating its pictures.
             repeated = np.resize(chosen, rows)
-            images = jax.tree.map(lambda x, which=repeated: x[which], slots)
-            visual = _compiled(self.config.model)(self.params, devices.place(images))
+            picked = jax.tree.map(lambda x, which=repeated: x[which], slots)
+            visual = _compiled(self.config.model)(self.params, *devices.place(picked))
             visual = jax.tree.map(devices.fetch, visual)
             for i, name in enumerate(names):
                 self._known[name] = jax.tree.map(lambda leaf, i=i: leaf[i, 0], visual)
@@ -85,8 +88,8 @@ class Vision:
 def _compiled(model: configs.Model):
     """What sees, compiled once for all parameters of a model."""
 
-    def encode(params: Mapping[str, Array], images: tuple[Images, ...]):
-        visual = parameters.build(model, params).visual(images)
+    def encode(params: Mapping[str, Array], images: tuple[Images, ...], texts: Texts):
+        visual = parameters.build(model, params).visual(images, texts=texts)
         tokens = tokens_of(visual).astype(model.decoder.dtype)
         return visual._replace(tokens=tokens) if isinstance(visual, Visual) else tokens
 
@@ -100,7 +103,8 @@ def _of_one_image(model: configs.Model):
     shape = packing.Shape(**sizes, visual_tokens=model.visual_tokens, encoders=model.encoders)
     batch = packing.assemble([], shape)
     images = (batch.images, *batch.extra_images)
-    return jax.eval_shape(_compiled(model), parameters.abstract(model), images)
+    texts = batch.image_texts if model.instructed else None
+    return jax.eval_shape(_compiled(model), parameters.abstract(model), images, texts)
 
 
 def _put(whole: Seen, place: tuple[int, int], one: Seen) -> None:
@@ -127,10 +131,13 @@ def _flat(x: np.ndarray) -> np.ndarray:
     return x.reshape(-1, *x.shape[2:])
 
 
-def _name(slots: tuple[Images, ...], slot: int) -> bytes:
-    """A digest of a slot's pixels, as all encoders see them."""
+def _name(slots: Slots, slot: int) -> bytes:
+    """A digest of a slot's pixels, as all encoders see them, and of what is asked about it."""
     digest = hashlib.blake2b(digest_size=16)
-    for images in slots:
+    every, texts = slots
+    for images in every:
         seen = images.patches if images.pixels is None else images.pixels
         digest.update(np.ascontiguousarray(seen[slot]))
+    if texts is not None:
+        digest.update(np.ascontiguousarray(texts[slot]))
     return digest.digest()

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from vlm_jax.config import Config
 from vlm_jax.errors import ConfigError
 from vlm_jax.parallel import devices
+from vlm_jax.presets.connectors import Work
 from vlm_jax.training.adaptation import Plan, readable
 from vlm_jax.training.state import State
 
@@ -137,74 +138,44 @@ def _activations(config: Config, plan: Plan, mesh: Mapping[str, int]) -> float:
 
 def _towers(config: Config, rows: int, tensor: int) -> Iterator[Tower]:
     """The towers that a step runs, from the pixels up."""
-    model, data = config.model, config.data
-    connector, decoder = model.connector, model.decoder
-    item = lambda preset: jnp.dtype(preset.dtype).itemsize  # noqa: E731
+    model, data, decoder = config.model, config.data, config.model.decoder
+    slots = rows * data.images_per_row
+
+    def tower(name: str, sequences: int, work: Work, dtype: str, lowest: bool = False) -> Tower:
+        spread = {"mlp": work.mlp / tensor, "heads": work.heads / tensor}
+        item = jnp.dtype(dtype).itemsize
+        return Tower(name, sequences, **(work._asdict() | spread), item=item, lowest=lowest)
+
     if data.images:
         for i, encoder in enumerate(model.encoders):
-            for length, context, width, mlp, heads, depth in encoder.runs:
-                yield Tower(
-                    f"extra_encoders/{i - 1}" if i else "encoder",
-                    sequences=rows * data.images_per_row,
-                    length=length,
-                    context=context,
-                    width=width,
-                    mlp=mlp / tensor,
-                    heads=heads / tensor,
-                    depth=depth,
-                    remat=encoder.remat,
-                    item=item(encoder),
-                    lowest=True,
-                )
+            name = f"extra_encoders/{i - 1}" if i else "encoder"
+            for run in encoder.runs:
+                yield tower(name, slots, Work(*run, encoder.remat), encoder.dtype, lowest=True)
+        connector = model.connector
         work = connector.work(model.encoders, model.visual_width)
-        yield Tower(
-            "connector",
-            sequences=rows * data.images_per_row,
-            length=work.length,
-            context=work.context,
-            width=work.width,
-            mlp=work.mlp / tensor,
-            heads=work.heads / tensor,
-            depth=work.depth,
-            remat=work.remat,
-            item=item(connector),
-        )
+        if model.instructed:
+            length, context = work.length + data.text_tokens, work.context + data.text_tokens
+            work = work._replace(length=length, context=context)
+        yield tower("connector", slots, work, connector.dtype)
         if model.samplers is not None:
-            yield Tower(
-                "samplers",
-                sequences=rows * data.images_per_row,
-                length=work.length,
-                context=work.context,
-                width=work.width,
-                mlp=work.mlp / tensor,
-                heads=work.heads / tensor,
-                depth=model.samplers.count,
-                remat=decoder.remat,
-                item=item(decoder),
-            )
-    if model.fusion is not None:
-        fusion = model.fusion
-        yield Tower(
-            "decoder/cross",
-            sequences=rows,
-            length=data.tokens,
-            context=data.images_per_row * model.visual_tokens if data.images else 0,
-            width=decoder.width,
-            mlp=fusion.mlp / tensor,
-            heads=fusion.heads / tensor,
-            depth=len(fusion.places(decoder.depth)),
-            remat=decoder.remat,
-            item=item(decoder),
-        )
-    yield Tower(
-        "decoder",
-        sequences=rows,
+            work = work._replace(depth=model.samplers.count, remat=decoder.remat)
+            yield tower("samplers", slots, work, decoder.dtype)
+    own = Work(
         length=data.tokens,
         context=data.tokens,
         width=decoder.width,
-        mlp=decoder.mlp / tensor,
-        heads=decoder.heads / tensor,
+        mlp=decoder.mlp,
+        heads=decoder.heads,
         depth=decoder.depth,
         remat=decoder.remat,
-        item=item(decoder),
     )
+    if model.fusion is not None:
+        fusion = model.fusion
+        cross = own._replace(
+            context=data.images_per_row * model.visual_tokens if data.images else 0,
+            mlp=fusion.mlp,
+            heads=fusion.heads,
+            depth=len(fusion.places(decoder.depth)),
+        )
+        yield tower("decoder/cross", rows, cross, decoder.dtype)
+    yield tower("decoder", rows, own, decoder.dtype)

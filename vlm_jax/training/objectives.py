@@ -38,8 +38,9 @@ def losses(
     visual = None
     if config.data.images:
         seen = (batch.images, *batch.extra_images)
-        # Not with the images' texts: a Q-Former that read them would be told the answers.
-        visual = vlm.visual(seen, keys[0])
+        # The images' own texts are answers: only what is asked may be read.
+        texts = batch.image_texts if config.model.instructed else None
+        visual = vlm.visual(seen, keys[0], texts)
     logits = vlm.unembed(vlm.hidden(batch, visual, keys[1]))
     loss, sums = next_token(logits, batch, config.train.label_smoothing)
     sums |= {
