@@ -10,6 +10,7 @@ import itertools
 from typing import Any
 
 from vlm_jax import config as c
+from vlm_jax import schema
 
 MIXTURE = {"emoji:caption": 1.0, "emoji:choice": 1.0, "emoji:yes_no": 1.0}
 ENCODERS = r"(encoder|extra_encoders/\d+)/.*"
@@ -70,7 +71,7 @@ def put(config, **parts: Any) -> None:
     """Replaces parts of a config's model by presets."""
     with config.ignore_type():
         for name, preset in parts.items():
-            config.model[name] = c.plain(preset)
+            config.model[name] = schema.plain(preset)
 
 
 def captions(config) -> None:
@@ -84,7 +85,7 @@ def captions(config) -> None:
 def freeze(config, *patterns: str, rules: tuple[c.Rule, ...] = c.FULL) -> None:
     """Freezes what the patterns match; the rules say how all else trains."""
     frozen = (c.Rule(pattern, mode="frozen") for pattern in patterns)
-    config.adaptation = c.plain((*frozen, *rules))
+    config.adaptation = schema.plain((*frozen, *rules))
 
 
 def epochs(

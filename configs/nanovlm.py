@@ -3,6 +3,7 @@ SmolLM2-135M; the connector learns twenty times as fast as the rest."""
 
 from configs import common
 from vlm_jax import config as c
+from vlm_jax import schema
 from vlm_jax.presets.connectors import Connector
 from vlm_jax.presets.decoders import decoder
 from vlm_jax.presets.encoder_sizes import published
@@ -27,7 +28,7 @@ def get_config(variant: str = ""):
         tokens=128,
         template="tiny",
     )
-    config.adaptation = c.plain((c.Rule(r"(encoder|decoder)/.*", lr=0.05), c.Rule(r".*")))
+    config.adaptation = schema.plain((c.Rule(r"(encoder|decoder)/.*", lr=0.05), c.Rule(r".*")))
     # 1.7M samples of The Cauldron; AdamW's own decay of 0.01.
     common.epochs(config, rows=256, samples=1_700_000, times=5, lr=2e-3, weight_decay=0.01)
     config.train.end_lr = 0.1

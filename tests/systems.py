@@ -11,6 +11,7 @@ from typing import Any
 
 from configs import common
 from vlm_jax import config as c
+from vlm_jax import schema
 from vlm_jax.models import params
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
@@ -75,4 +76,4 @@ def _stated(value: Any, defaults: dict[str, dict[str, Any]]) -> Any:
 
 def _plain(value: Any) -> Any:
     """As JSON gives it back."""
-    return json.loads(json.dumps(c.plain(value)))
+    return json.loads(json.dumps(schema.plain(value)))

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from vlm_jax import config as configs
+from vlm_jax import schema
 from vlm_jax.errors import ConfigError
 from vlm_jax.presets.connectors import Connector
 from vlm_jax.presets.decoders import decoder
@@ -20,7 +21,7 @@ def tree(**data):
 
 def test_a_config_survives_config_json():
     config = configs.resolve(tree())
-    assert configs.resolve(json.loads(json.dumps(configs.plain(config)))) == config
+    assert configs.resolve(json.loads(json.dumps(schema.plain(config)))) == config
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from pathlib import Path
 from absl import app, flags, logging
 
 from vlm_jax import config as configs
+from vlm_jax import schema
 from vlm_jax.errors import ConfigError, VlmError
 
 
@@ -75,12 +76,12 @@ def _parse(argv: Sequence[str]) -> list[str]:
 
 def _explain(argv: Sequence[str], error: Exception) -> str:
     """Names the override that no field of the config answers to, or else says what was raised."""
-    known = configs.paths()
+    known = schema.paths(configs.Config, "config")
     for argument in argv:
         override = re.match(r"--(config\.[^=\s]+)", argument)
         path = override and re.sub(r"\[.*", "", override[1])
         if path and path not in known and not path.startswith("config.data.mixture."):
-            return configs.unknown_key(path, known)
+            return schema.unknown_key(path, known)
     return f"{error} (python -m ... --help lists the flags)"
 
 

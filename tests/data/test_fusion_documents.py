@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from vlm_jax import config as configs
+from vlm_jax import schema
 from vlm_jax.data import documents, sources, tokenizer
 from vlm_jax.errors import ConfigError
 from vlm_jax.presets.fusion import CrossAttention
@@ -36,7 +37,7 @@ def test_an_image_takes_one_placeholder_where_no_visual_token_stands(small, spoi
 
 def test_a_config_with_fusion_survives_config_json(small):
     config = fused(small(), gate="vector", width=48)
-    assert configs.resolve(configs.plain(config)) == config
+    assert configs.resolve(schema.plain(config)) == config
 
 
 @pytest.mark.parametrize(
@@ -52,7 +53,7 @@ def test_a_config_with_fusion_survives_config_json(small):
 )
 def test_fusion_that_fits_no_decoder_is_refused_by_name(small, fields, message):
     with pytest.raises(ConfigError, match=message):
-        configs.resolve(configs.plain(fused(small(), **fields)))
+        configs.resolve(schema.plain(fused(small(), **fields)))
 
 
 def test_words_are_not_read_from_visual_tokens_of_another_width(small):

@@ -20,7 +20,7 @@ from connector_cases import (
     run,
 )
 
-from vlm_jax import config
+from vlm_jax import config, schema
 from vlm_jax.weights import tables
 
 FOLDER = pathlib.Path(__file__).parents[1] / "goldens"
@@ -133,4 +133,4 @@ def test_a_connector_makes_as_many_visual_tokens_as_its_preset_says(name):
 @pytest.mark.parametrize("name", EVERY)
 def test_a_config_of_it_survives_as_plain_data(name):
     model = EVERY[name].model
-    assert config.typed(config.Model, config.plain(model), "model") == model
+    assert schema.typed(config.Model, schema.plain(model), "model") == model

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from convnet_cases import GOLDENS, Case, cotangent, leaves, pixels, run, shapes, weights
 
-from vlm_jax import config
+from vlm_jax import config, schema
 from vlm_jax.batch import Images
 from vlm_jax.config import Model
 from vlm_jax.errors import ConfigError
@@ -301,7 +301,7 @@ def test_a_config_holds_any_encoder_and_a_model_several():
     extra = GOLDENS["convnext_taps"].preset
     model = Model(tower, Connector("linear"), decoder("1m", dtype="float32"), (extra,))
     config.check_model(model)
-    plain = config.plain(config.Config("test", model, config.Data({"emoji:caption": 1.0})))
+    plain = schema.plain(config.Config("test", model, config.Data({"emoji:caption": 1.0})))
     assert config.resolve(plain).model == model
 
     x = jnp.ones((2, 3, *tower.size, 3)), jnp.ones((2, 3, *extra.size, 3))

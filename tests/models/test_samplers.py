@@ -13,6 +13,7 @@ import sampler_statements
 from connector_cases import relative_error
 
 from vlm_jax import config as configs
+from vlm_jax import schema
 from vlm_jax.config import Model
 from vlm_jax.data.documents import Document
 from vlm_jax.data.packing import Shape, assemble
@@ -203,7 +204,7 @@ def test_every_parameter_has_logical_axes_of_its_rank():
 
 def test_a_model_with_samplers_survives_as_plain_data():
     configs.check_model(MODEL)
-    assert configs.typed(Model, configs.plain(MODEL), "model") == MODEL
+    assert schema.typed(Model, schema.plain(MODEL), "model") == MODEL
 
 
 CROSS = CrossAttention(8, heads=2, kv_heads=1, head_dim=4, both=True)

@@ -6,7 +6,7 @@ import math
 import pytest
 from handmade import MODEL
 
-from vlm_jax import config
+from vlm_jax import config, schema
 from vlm_jax.config import Model
 from vlm_jax.errors import ConfigError
 from vlm_jax.models import params
@@ -114,7 +114,7 @@ def with_encoder(encoder) -> config.Config:
 @pytest.mark.parametrize("name", [name for name in PUBLISHED if "pix2struct" not in name])
 def test_a_config_holds_any_of_them_and_is_read_back(name):
     wanted = with_encoder(published(name))
-    assert config.resolve(config.plain(wanted)) == wanted
+    assert config.resolve(schema.plain(wanted)) == wanted
 
 
 def test_a_grid_that_the_data_cannot_make_is_refused():

@@ -249,6 +249,7 @@ CASES = {
         multimodal_projector_bias=False,
     ),
     "blip_2": _blip(fused.blip_2(), lambda rng: {}),
+    "minigpt4": _blip(fused.minigpt4(), lambda rng: {}),
     "instructblip": _blip(fused.instructblip(), fused.instructions),
     "idefics": _idefics(**fused.RESAMPLED),
     "idefics_plain": _idefics(additional_vocab_size=2, tie_word_embeddings=True),

@@ -68,6 +68,17 @@ def blip_2() -> transformers.PretrainedConfig:
     )
 
 
+def minigpt4() -> transformers.PretrainedConfig:
+    """MiniGPT-4, as its authors define it: BLIP-2's parts and one linear layer before a Llama."""
+    return transformers.Blip2Config(
+        vision_config={"hidden_size": 9, **_VISION},
+        qformer_config=_QFORMER | {"cross_attention_frequency": 1, "num_hidden_layers": 3},
+        text_config=_LLAMA,
+        num_query_tokens=QUERIES,
+        image_token_index=_LLAMA["vocab_size"] - 1,
+    )
+
+
 def instructblip() -> transformers.PretrainedConfig:
     """InstructBLIP before a Llama; its tower has no biases on queries, keys and values."""
     return transformers.InstructBlipConfig(

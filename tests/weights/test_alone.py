@@ -8,11 +8,12 @@ import goldens
 import numpy as np
 import pytest
 
-from vlm_jax.config import Model, check_model, plain, typed
+from vlm_jax.config import Model, check_model
 from vlm_jax.errors import ConfigError, DataError
 from vlm_jax.models import params
 from vlm_jax.presets import text
 from vlm_jax.presets.encoder_sizes import published
+from vlm_jax.schema import plain, typed
 from vlm_jax.training import objectives
 from vlm_jax.weights import checking, conversion, registry, tables
 

@@ -14,10 +14,10 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from vlm_jax.config import unknown_key
 from vlm_jax.data.example import ImageRef, Turn
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.errors import ConfigError, DataError
+from vlm_jax.schema import unknown_key
 
 
 @dataclasses.dataclass(frozen=True)

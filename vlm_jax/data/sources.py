@@ -6,10 +6,10 @@ from typing import Protocol
 
 import numpy as np
 
-from vlm_jax.config import unknown_key
 from vlm_jax.data import emoji
 from vlm_jax.data.example import Example
 from vlm_jax.errors import ConfigError
+from vlm_jax.schema import unknown_key
 
 
 class Source(Protocol):

@@ -19,6 +19,7 @@ from jaxtyping import Array
 from orbax.checkpoint import v1 as ocp
 
 from vlm_jax import config as configs
+from vlm_jax import schema
 from vlm_jax.config import Config
 from vlm_jax.errors import ConfigError, StorageError
 from vlm_jax.models import params
@@ -226,7 +227,7 @@ def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def as_json(config: Config) -> dict[str, Any]:
     """The config as JSON gives it back: lists for tuples."""
-    return json.loads(json.dumps(configs.plain(config)))
+    return json.loads(json.dumps(schema.plain(config)))
 
 
 def _items(state: State) -> dict[str, Any]:

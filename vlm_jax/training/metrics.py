@@ -8,9 +8,10 @@ from typing import Any, Protocol
 
 import jax
 
-from vlm_jax.config import Config, plain
+from vlm_jax.config import Config
 from vlm_jax.data.packing import Info
 from vlm_jax.errors import ConfigError
+from vlm_jax.schema import plain
 
 FILE = "metrics.jsonl"
 

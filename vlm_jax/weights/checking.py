@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from vlm_jax import config as configs
+from vlm_jax import schema
 from vlm_jax.batch import Images
 from vlm_jax.errors import DataError
 from vlm_jax.models import params, sampling
@@ -68,11 +69,11 @@ def _check_range(model: configs.Model, prompts: inputs.Prompts, new_tokens: int)
 
 def exact(model: configs.Model) -> configs.Model:
     """The same model, computed in float32."""
-    plain = configs.plain(model)
+    plain = schema.plain(model)
     for part in (*plain.values(), *plain["extra_encoders"]):
         if isinstance(part, dict) and "dtype" in part:
             part.update(dtype="float32", remat=False)
-    return configs.typed(configs.Model, plain, "model")
+    return schema.typed(configs.Model, plain, "model")
 
 
 def _tokens(encoder: Vit, preset: Encoder, images: Images) -> Float[Array, "n T D"]:

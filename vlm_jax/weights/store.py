@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array
 
 from vlm_jax import config as configs
+from vlm_jax import schema
 from vlm_jax.errors import DataError
 from vlm_jax.weights import files
 
@@ -74,7 +75,7 @@ def open_model(path: Path) -> Stored:
     if not is_model(path):
         raise DataError(f"{path} is no model's folder: expected what `convert import` writes")
     config = files.read_json(path / "config.json")
-    model = configs.typed(configs.Model, config["model"], "model")
+    model = schema.typed(configs.Model, config["model"], "model")
     return Stored(path, model, config["family"], config["published"])
 
 
@@ -83,7 +84,7 @@ def write_config(stored: Stored) -> None:
     config = {
         "format": FORMAT,
         "family": stored.family,
-        "model": configs.plain(stored.model),
+        "model": schema.plain(stored.model),
         "published": dict(stored.published),
     }
     (stored.path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
