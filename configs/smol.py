@@ -22,8 +22,11 @@ FLOAT32 = {"dtype": "float32", "remat": False}
 ENCODER = efficientnet("lite0", image_size=128, taps=(4, 6), resize_to=4, **FLOAT32)
 
 # Four visual tokens: the frozen decoder's work grows with every one. The norm gives both variants
-# inputs of one scale.
-CONNECTOR = Connector("mlp", pool="shuffle", factor=2, input_norm="layer", hidden=768, **FLOAT32)
+# inputs of one scale, and visual tokens start as small as the decoder's embeddings (0.14, root mean
+# square), without which sixty steps end 0.6 nats higher.
+CONNECTOR = Connector(
+    "mlp", pool="shuffle", factor=2, input_norm="layer", hidden=1536, out_scale=0.27, **FLOAT32
+)
 
 AUGMENT = c.Augment(
     scale=(0.8, 1.1),
@@ -70,8 +73,8 @@ def get_config(variant: str = ""):
         train=c.Train(
             steps=300,
             optimizer="muon",
-            lr=3e-3,
-            adam_lr=1e-3,
+            lr=2e-2,
+            adam_lr=3e-3,
             warmup_steps=20,
             weight_decay=0.05,
             b2=0.98,
