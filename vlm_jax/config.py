@@ -124,11 +124,27 @@ class Augment:
 
 
 @dataclasses.dataclass(frozen=True)
+class Corpus:
+    """A corpus of the user's own files; its name is a source of the mixture.
+
+    Attributes:
+      format: how it is written, a row of `data.formats.FORMATS`.
+      paths: its file by split, e.g. {"train": "train.jsonl", "validation": "validation.jsonl"}.
+      images: folder that paths of images start from; "" = the file's own.
+    """
+
+    format: str
+    paths: Mapping[str, str]
+    images: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class Data:
     """What the model is fed.
 
     Attributes:
       mixture: weight per source, e.g. {"emoji:caption": 3.0, "emoji:choice": 1.0}.
+      corpora: corpora of files by the name that the mixture calls them.
       tokenizer: "embedded", or the path of a Hugging Face tokenizer.json.
       template: name of a chat template, a row of `data.chat.TEMPLATES`.
       attention: "causal", or "prefix" (prompt tokens, images among them, see each other).
@@ -148,6 +164,7 @@ class Data:
     """
 
     mixture: Mapping[str, float]
+    corpora: Mapping[str, Corpus] = dataclasses.field(default_factory=dict)
     tokenizer: str = "embedded"
     template: str = "tiny"
     attention: str = "causal"

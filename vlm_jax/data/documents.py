@@ -81,6 +81,11 @@ def document(
     return _build(example, rendered, config, texts, pictures, tuple(rejects))
 
 
+def rejected(key: str, source: str, reason: str, config: Config) -> Document:
+    """The empty document of a record that makes no Example."""
+    return _build(Example(key, source, (), ()), _EMPTY, config, [], (), (reason,))
+
+
 def prompt_document(
     turns: Sequence[Turn], pictures: Sequence[Image], config: Config, tokenizer: Tokenizer
 ) -> Document:

@@ -44,3 +44,16 @@ class Example:
     turns: tuple[Turn, ...]
     image_texts: tuple[str, ...] = ()
     meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class BadExample(Exception):
+    """A record that makes no Example; it is counted, never learned from, and ends nothing.
+
+    Attributes:
+      reason: a stable word that is counted.
+      detail: what was given and what was expected.
+    """
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason, self.detail = reason, detail

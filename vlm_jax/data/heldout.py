@@ -10,12 +10,13 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
+from absl import logging
 
 from vlm_jax.batch import Batch
 from vlm_jax.config import Config
 from vlm_jax.data import documents, packing, sources
 from vlm_jax.data import tokenizer as tokenizers
-from vlm_jax.data.example import Example, Image, ImageRef, Turn
+from vlm_jax.data.example import BadExample, Example, Image, ImageRef, Turn
 from vlm_jax.data.packing import Info
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.errors import ConfigError, DataError
@@ -32,14 +33,21 @@ def eval_examples(config: Config, split: str, kind: str, limit: int = 0) -> list
       config: its mixture says which source a kind is of.
       split: e.g. "validation".
       kind: e.g. "caption", or a whole source name.
-      limit: how many, spread over the split; 0 = all.
+      limit: how many, spread over the split; 0 = all. Records that make no example are left out,
+        with a warning.
     """
-    source = sources.open_source(_source_of(config, kind), split, 0)
+    source = sources.open_source(_source_of(config, kind), split, 0, config.data.corpora)
     indices = np.arange(len(source))
     if limit and limit < len(source):
         order = np.random.default_rng(_SEED).permutation(len(source))
         indices = np.sort(order[:limit])
-    return [source.example(int(i), np.random.default_rng((_SEED, int(i)))) for i in indices]
+    examples = []
+    for i in map(int, indices):
+        try:
+            examples.append(source.example(i, np.random.default_rng((_SEED, i))))
+        except BadExample as bad:
+            logging.warning("record %d of %s, %s, is left out: %s", i, kind, split, bad)
+    return examples
 
 
 def eval_batches(
@@ -152,7 +160,7 @@ def _chunks(items: Sequence, size: int) -> Iterator[Sequence]:
 
 def _source_of(config: Config, kind: str) -> str:
     """The source name of a kind: the mixture's own, else the first there is."""
-    if ":" in kind:
+    if ":" in kind or kind in config.data.corpora:
         return kind
     known = [*config.data.mixture, *sources.names()]
     return next((name for name in known if name.partition(":")[2] == kind), kind)

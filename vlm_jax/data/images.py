@@ -59,6 +59,15 @@ def decode(
     return _decoded(image)
 
 
+def check(image: bytes | os.PathLike | str) -> None:
+    """Reads the header only, which shows most of what is wrong with a picture.
+
+    Raises:
+      BadImage: see its reasons.
+    """
+    _check_size(_open(_read(image)))
+
+
 def _read(image: bytes | os.PathLike | str) -> bytes:
     if not isinstance(image, bytes):
         try:
@@ -83,13 +92,17 @@ def _open(data: bytes) -> Image.Image:
         raise BadImage("corrupt", str(error)) from error
 
 
-def _decoded(image: Image.Image) -> UInt8[np.ndarray, "h w 4"]:
+def _check_size(image: Image.Image) -> None:
     width, height = image.size
     if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
         limit = f"{MAX_PIXELS} pixels and {MAX_SIDE} a side"
         raise BadImage("too_large", f"{width} x {height}, more than {limit}")
     if not width * height:
         raise BadImage("empty", f"{width} x {height}")
+
+
+def _decoded(image: Image.Image) -> UInt8[np.ndarray, "h w 4"]:
+    _check_size(image)
     try:
         image.load()
     except Exception as error:

@@ -15,9 +15,10 @@ import numpy as np
 
 from vlm_jax.batch import Batch
 from vlm_jax.config import Config
-from vlm_jax.data import documents, order, packing, sources
+from vlm_jax.data import documents, formats, order, packing, sources
 from vlm_jax.data import tokenizer as tokenizers
 from vlm_jax.data.documents import Document
+from vlm_jax.data.example import BadExample
 from vlm_jax.data.packing import Info
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.errors import ConfigError, DataError
@@ -50,11 +51,11 @@ class TrainStream:
         self._tokenizer = tokenizers.for_config(config)
         self._shape = packing.shape_of(config, self._tokenizer.pad)
         opened = {
-            name: sources.open_source(name, split, config.seed)
+            name: sources.open_source(name, split, config.seed, config.data.corpora)
             for name, weight in config.data.mixture.items()
             if weight > 0
         }
-        self._dataset = _stream(config, opened, self._tokenizer)
+        self._dataset = _stream(config, split, opened, self._tokenizer)
         self._fingerprint = _fingerprint(config, split, opened, self._tokenizer)
         self._position = _Position()
         self._batches = None
@@ -228,14 +229,18 @@ class _Prefetched:
         self._thread.join()
 
 
-def _stream(config: Config, opened: Mapping[str, sources.Source], tokenizer: Tokenizer):
+def _stream(config: Config, split: str, opened: Mapping[str, sources.Source], tokenizer: Tokenizer):
     """Document k of training, for every k, as a Grain dataset with random access."""
     # Here and not above: Grain imports jax where jax is installed, and rendering needs none of it.
     import grain
 
     def render(drawn: tuple[str, int], rng: np.random.Generator) -> Document:
         name, index = drawn
-        return documents.document(opened[name].example(index, rng), config, tokenizer, rng)
+        try:
+            example = opened[name].example(index, rng)
+        except BadExample as bad:
+            return documents.rejected(f"{name}/{split}/{index}", name, bad.reason, config)
+        return documents.document(example, config, tokenizer, rng)
 
     def shuffled(name: str):
         indices = order.shuffled(opened[name], name, config.seed, config.data.views)
@@ -283,7 +288,14 @@ def _fingerprint(
         "pool": data.pool,
         "views": data.views,
         **order.fingerprint(opened, data.views),
+        **_corpora(opened),
     }
+
+
+def _corpora(opened: Mapping[str, sources.Source]) -> dict[str, Any]:
+    """Of the files of the user's own corpora; nothing where there are none."""
+    found = {n: s.fingerprint for n, s in opened.items() if isinstance(s, formats.CorpusSource)}
+    return {"corpora": found} if found else {}
 
 
 def _instructions(config: Config) -> dict[str, Any]:

@@ -1,0 +1,282 @@
+"""Users' own corpora: what makes an Example, what is counted, and what `validate` says of it."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from vlm_jax import config as configs
+from vlm_jax.data import formats, heldout, pipeline, records, sources, validation
+from vlm_jax.data.example import BadExample, ImageRef, Turn
+from vlm_jax.errors import ConfigError, DataError
+
+GOOD = {
+    "id": "7",
+    "images": ["a.png", "sub/b.png"],
+    "messages": [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "<image>\nWhat is new in <image>?"},
+        {"role": "assistant", "content": "A cat. \u20ac"},
+    ],
+}
+LLAVA = {
+    "id": 7,
+    "image": ["a.png", "sub/b.png"],
+    "conversations": [
+        {"from": "system", "value": "Be brief."},
+        {"from": "human", "value": "<image>\nWhat is new in <image>?"},
+        {"from": "gpt", "value": "A cat. \u20ac"},
+    ],
+}
+PARTS = [
+    {"type": "image"},
+    {"type": "text", "text": "\nWhat is new in "},
+    {"type": "image"},
+    {"type": "text", "text": "?"},
+]
+TURNS = (
+    Turn("system", ("Be brief.",)),
+    Turn("user", (ImageRef(0), "\nWhat is new in ", ImageRef(1), "?")),
+    Turn("assistant", ("A cat. \u20ac",)),
+)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with two pictures."""
+    (tmp_path / "sub").mkdir()
+    for i, name in enumerate(("a.png", "sub/b.png")):
+        PIL.Image.new("RGB", (9 + i, 5), (i, 2, 3)).save(tmp_path / name)
+    return tmp_path
+
+
+def written(folder, *rows, name="corpus.jsonl"):
+    """A file of rows: strings and bytes as they are, others as JSON."""
+    raw = [
+        row
+        if isinstance(row, bytes)
+        else (row if isinstance(row, str) else json.dumps(row)).encode()
+        for row in rows
+    ]
+    path = folder / name
+    path.write_bytes(b"\n".join(raw) + b"\n")
+    return path
+
+
+def opened(path, format="messages"):
+    return formats.CorpusSource("own", configs.Corpus(format, {"train": str(path)}), "train")
+
+
+def said(role="user", content="hello"):
+    return {"role": role, "content": content}
+
+
+def changed(**fields):
+    return GOOD | fields
+
+
+@pytest.mark.parametrize(
+    "format, row",
+    [
+        ("messages", GOOD),
+        (
+            "messages",
+            changed(messages=[GOOD["messages"][0], said(content=PARTS), GOOD["messages"][2]]),
+        ),
+        ("llava", LLAVA),
+    ],
+)
+def test_every_way_to_write_it_is_one_example(folder, format, row):
+    source = opened(written(folder, row), format)
+    example = source.example(0, np.random.default_rng(0))
+    assert example.turns == TURNS
+    assert example.images == (folder / "a.png", folder / "sub/b.png")
+    assert (example.key, example.source, example.meta) == ("own/train/0-7", "own", {"id": "7"})
+
+
+def test_text_alone_and_one_image_as_a_string(folder):
+    talk = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]
+    shown = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "ho"}]
+    source = opened(
+        written(folder, {"conversations": talk}, {"image": "a.png", "conversations": shown}),
+        "llava",
+    )
+    first, second = (source.example(i, np.random.default_rng(0)) for i in range(2))
+    assert first.images == () and first.key == "own/train/0"
+    assert second.turns[0].parts == (ImageRef(0),) and second.images == (folder / "a.png",)
+
+
+BAD = {
+    "not_json": '{"messages": [}',
+    "not_json twice": '{"id": "1", "id": "2"}',
+    "not_json nan": '{"id": NaN}',
+    "not_utf8": b'{"id": "\xff"}',
+    "not_utf8 half": '{"id": "\\ud800"}',
+    "too_deep": "[" * 100_000,
+    "not_an_object": "[1, 2]",
+    "bad_id": changed(id=[1]),
+    "no_turns": {"id": "1"},
+    "no_turns empty": changed(messages=[]),
+    "bad_turn": changed(messages=["hello"]),
+    "unknown_role": changed(messages=[said("robot")]),
+    "bad_content": changed(messages=[said(content=3)]),
+    "bad_content part": changed(messages=[said(content=[{"type": "video"}])]),
+    "bad_image_path": changed(images=[None, "a.png"]),
+    "image_count": changed(images=["a.png"]),
+    "image_in_answer": changed(images=["a.png"], messages=[said(), said("assistant", "<image>x")]),
+    "empty_answer": changed(images=[], messages=[said(), said("assistant", " ")]),
+    "roles_out_of_turn": changed(images=[], messages=[said(), said()]),
+    "roles_out_of_turn no answer": changed(images=[], messages=[said()]),
+    "path_outside": changed(images=["a.png", "../../etc/passwd"]),
+    "path_outside absolute": changed(images=["a.png", "/etc/passwd"]),
+    "path_outside nul": changed(images=["a.png", "b\0.png"]),
+    "missing": changed(id="9", images=["a.png", "c.png"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_validate_names_line_and_reason(folder, name):
+    path = written(folder, GOOD, "", BAD[name], changed(id="8"))
+    (problem,) = validation.problems(opened(path))
+    assert (problem.line, problem.reason) == (3, name.split()[0])
+
+
+def test_validate_finds_ids_that_stand_twice_and_damage_behind_headers(folder):
+    PIL.Image.effect_noise((64, 64), 9).save(folder / "whole.jpg")
+    whole = (folder / "whole.jpg").read_bytes()
+    (folder / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    path = written(folder, GOOD, GOOD, changed(id="8", images=["a.png", "cut.jpg"]))
+    assert [p[:2] for p in validation.problems(opened(path))] == [(2, "duplicate_id")]
+    found = list(validation.problems(opened(path), decode=True))
+    assert [p.reason for p in found] == ["duplicate_id", "truncated"]
+    assert "image 2" in found[1].detail and "cut.jpg" in found[1].detail
+
+
+def test_the_door_prints_what_is_wrong_and_exits_65(folder):
+    def run(path):
+        command = [sys.executable, "-m", "vlm_jax.prepare", "validate", str(path)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+    bad = run(written(folder, GOOD, BAD["image_count"]))
+    assert bad.returncode == 65
+    assert ":2: image_count: 1 images for 2 places" in bad.stdout
+    assert "1 of 2 records have problems: image_count 1" in bad.stderr
+    good = run(written(folder, GOOD))
+    assert good.returncode == 0 and "1 records, nothing wrong" in good.stdout
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, records._CHUNK])
+@pytest.mark.parametrize("separator", [",", " ,\n\n  "])
+def test_an_array_is_cut_where_its_elements_end(tmp_path, monkeypatch, chunk, separator):
+    monkeypatch.setattr(records, "_CHUNK", chunk)
+    rows = [{"a": '}],[{ \\ " \u20ac'}, {"b": [1.5e3, {"c": None}]}, {}, {"d": "x" * 40}]
+    text = "\ufeff [" + separator.join(json.dumps(r, ensure_ascii=False) for r in rows) + "\n]\n"
+    path = tmp_path / "all.json"
+    path.write_text(text, encoding="utf-8")
+    found = records.JsonRecords(path)
+    assert [found[i] for i in range(len(found))] == rows
+    lines = [text[: text.index(json.dumps(r, ensure_ascii=False))].count("\n") + 1 for r in rows]
+    assert [found.line(i) for i in range(4)] == lines
+
+
+@pytest.mark.parametrize("chunk", [3, records._CHUNK])
+@pytest.mark.parametrize("end", ["", "\n", "\r\n\n \n"])
+def test_lines_are_records_and_blank_ones_are_not(tmp_path, monkeypatch, chunk, end):
+    monkeypatch.setattr(records, "_CHUNK", chunk)
+    path = tmp_path / "all.jsonl"
+    path.write_bytes(b'{"a": 1}\r\n\n  \n{"b": 2}' + end.encode())
+    found = records.JsonRecords(path)
+    assert [found[i] for i in range(len(found))] == [{"a": 1}, {"b": 2}]
+    assert [found.line(i) for i in range(2)] == [1, 4]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "holds no record"),
+        ("[]", "holds no record"),
+        ('[\n{"a": 1},\n{"b": }]', "line 3: not JSON"),
+        ('[\n{"a": 1}\n{"b": 1}]', "line 3: '{' behind an element"),
+        ('[\n{"a": 1},', "line 2: not JSON"),
+        ('[\n{"a": 1}', "line 2: .* behind an element|does not end"),
+    ],
+)
+def test_files_that_are_not_whole_are_refused(tmp_path, text, message):
+    path = tmp_path / "bad.json"
+    path.write_text(text)
+    with pytest.raises(DataError, match=message):
+        records.JsonRecords(path)
+    with pytest.raises(DataError, match="cannot be read: No such file"):
+        records.JsonRecords(tmp_path / "none.json")
+
+
+def test_a_record_too_large_is_counted_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "MAX_RECORD", 20)
+    found = records.JsonRecords(written(tmp_path, {"a": "x" * 30}, {"b": 1}))
+    with pytest.raises(BadExample, match="record_too_large"):
+        found[0]
+    assert found[1] == {"b": 1}
+
+
+def test_a_corpus_is_named_by_the_config(folder, small):
+    corpora = {"own": configs.Corpus("messages", {"train": str(written(folder, GOOD))})}
+    assert len(sources.open_source("own", "train", 0, corpora)) == 1
+    with pytest.raises(ConfigError, match="own has no split 'test'; it has train"):
+        sources.open_source("own", "test", 0, corpora)
+    with pytest.raises(ConfigError, match="did you mean own"):
+        sources.open_source("owm", "train", 0, corpora)
+    odd = {"own": configs.Corpus("message", corpora["own"].paths)}
+    with pytest.raises(ConfigError, match=r"format of data\.corpora\.own message; did you mean"):
+        sources.open_source("own", "train", 0, odd)
+    with_corpus = small(corpora=corpora, mixture={"own": 1.0})
+    assert configs.resolve(configs.default(**vars(with_corpus)).to_dict()).data.corpora == corpora
+
+
+def rows_of(count):
+    talk = lambda i: [said(content=f"<image> number {i}?"), said("assistant", f"it is {i}")]  # noqa: E731
+    return [{"id": str(i), "images": ["a.png"], "messages": talk(i)} for i in range(count)]
+
+
+def batches(config, count):
+    with pipeline.train_stream(config) as stream:
+        return [next(stream) for _ in range(count)]
+
+
+def test_a_bad_record_is_counted_and_moves_nothing(folder, small):
+    rows = rows_of(12)
+    corpus = lambda name, made: configs.Corpus(  # noqa: E731
+        "messages", {"train": str(written(folder, *made, name=name))}
+    )
+    spoiled = [*rows[:5], "nonsense", *rows[6:]]
+    made = [
+        small(corpora={"own": corpus(name, lines)}, mixture={"own": 1.0}, bad_samples=0.5, pool=1)
+        for name, lines in (("good.jsonl", rows), ("bad.jsonl", spoiled))
+    ]
+    good, bad = (batches(config, 12) for config in made)
+    keys = [
+        [key for _, info in found for row in info.documents for key, _ in row]
+        for found in (good, bad)
+    ]
+    kept = [key for key in keys[0] if "/5-" not in key]
+    shared = min(len(kept), len(keys[1]))
+    assert kept[:shared] == keys[1][:shared] and shared > 30
+    rejects = sum(info.rejects.get(("own", "not_json"), 0) for _, info in bad)
+    assert rejects >= 3 and not any("/5-" in key for key in keys[1])
+    assert heldout.eval_examples(made[1], "train", "own")[5].key == "own/train/6-6"
+
+
+def test_the_position_belongs_to_the_file(folder, small):
+    def stream(rows, name):
+        corpus = configs.Corpus("messages", {"train": str(written(folder, *rows, name=name))})
+        return pipeline.train_stream(small(corpora={"own": corpus}, mixture={"own": 1.0}))
+
+    with stream(rows_of(8), "one.jsonl") as one, stream(rows_of(8)[::-1], "two.jsonl") as two:
+        two.set_state(json.loads(json.dumps(one.get_state())))  # rows as long as these
+    longer = rows_of(8)
+    longer[3]["messages"][1]["content"] += "!"
+    with stream(rows_of(8), "one.jsonl") as one, stream(longer, "two.jsonl") as two:
+        with pytest.raises(ConfigError, match="corpora"):
+            two.set_state(json.loads(json.dumps(one.get_state())))

@@ -1,0 +1,54 @@
+"""What is wrong with a corpus, record by record, before a run is spent on it."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from vlm_jax.data import images
+from vlm_jax.data.example import BadExample, Example
+from vlm_jax.data.formats import CorpusSource
+
+
+class Problem(NamedTuple):
+    """Something wrong.
+
+    Attributes:
+      line: of the file, from 1, on which the record begins.
+      reason: as runs count it.
+      detail: what was given and what was expected.
+    """
+
+    line: int
+    reason: str
+    detail: str
+
+
+def problems(source: CorpusSource, decode: bool = False) -> Iterator[Problem]:
+    """All problems of a corpus, in order.
+
+    Args:
+      source: the corpus.
+      decode: also decode every image, which finds the damage behind headers.
+    """
+    seen: dict[str, int] = {}
+    rng = np.random.default_rng(0)
+    for index in range(len(source)):
+        line = source.records.line(index)
+        try:
+            example = source.example(index, rng)
+        except BadExample as bad:
+            yield Problem(line, bad.reason, bad.detail)
+            continue
+        key = example.meta.get("id")
+        if key and seen.setdefault(key, line) != line:
+            yield Problem(line, "duplicate_id", f"id {key!r} stands on line {seen[key]} as well")
+        yield from (Problem(line, *found) for found in _of_images(example, decode))
+
+
+def _of_images(example: Example, decode: bool) -> Iterator[tuple[str, str]]:
+    for i, path in enumerate(example.images):
+        try:
+            images.decode(path) if decode else images.check(path)
+        except images.BadImage as bad:
+            yield bad.reason, f"image {i + 1}, {path}: {bad}"
