@@ -248,6 +248,14 @@ CASES = {
         vision_feature_layer=-1,
         multimodal_projector_bias=False,
     ),
+    # Features of several layers, and a decoder whose cap on logits LLaVA's class does not apply.
+    "llava_taps": _llava(
+        _CLIP,
+        _LLAMA | {"model_type": "gemma2", **_GEMMA2},
+        9,
+        12,
+        vision_feature_layer=[-2, 0, 1],
+    ),
     "blip_2": _blip(fused.blip_2(), lambda rng: {}),
     "minigpt4": _blip(fused.minigpt4(), lambda rng: {}),
     "instructblip": _blip(fused.instructblip(), fused.instructions),

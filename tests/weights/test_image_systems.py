@@ -292,7 +292,7 @@ NEXT, PALI, IDEFICS2 = (
     [
         (llava, changed(NEXT, vision_config={"model_type": "siglip_vision_model"}), "'default'"),
         (llava_next, changed(NEXT, vision_feature_select_strategy="full"), "class token"),
-        (llava_next, changed(NEXT, vision_feature_layer=[-2, -5]), "vision_feature_layer"),
+        (llava_next, changed(NEXT, vision_feature_layer=[-2, None]), "vision_feature_layer"),
         (paligemma, changed(PALI, vision_config=CLIP), "model_type is 'clip_vision_model'"),
         (paligemma, changed(PALI, projection_dim=7), "projection_dim is 7"),
         (idefics2, changed(IDEFICS2, text_config={"model_type": "t5"}), "'t5'"),
@@ -365,3 +365,41 @@ def test_a_patch_at_the_edge_counts_as_the_system_says():
     found = {whole: inputs.padded_pictures(encoder, arrays, whole) for whole in (True, False)}
     assert found[True].grids.tolist() == [[[2, 3]]]
     assert found[False].grids.tolist() == [[[3, 3]]]
+
+
+@pytest.mark.parametrize("name", ["idefics2", "idefics3", "smolvlm"])
+@pytest.mark.parametrize(("said", "eps"), [(None, 1e-5), ({}, 1e-6)])
+def test_a_text_config_that_is_left_out_is_not_an_empty_one(name, said, eps):
+    model = registry.family(name).read({"model_type": name, "text_config": said})
+    assert model.decoder.norm_eps == eps
+
+
+def test_a_paligemma_whose_parts_are_left_out():
+    model = paligemma.read({"model_type": "paligemma"})
+    assert (model.decoder.width, model.decoder.kv_heads, model.decoder.vocab) == (2048, 1, 257_152)
+    assert (model.encoder.width, model.encoder.depth, model.encoder.mlp) == (1152, 27, 4096)
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_next", "gemma3", "idefics2", "idefics3"])
+def test_only_paligemma_caps_logits(name):
+    text = {"model_type": "gemma3_text", "final_logit_softcapping": 30.0}
+    small = {"image_size": 32, "patch_size": 2, "hidden_size": 48, "num_attention_heads": 4}
+    config = {"text_config": text, "vision_config": small, "vision_feature_layer": -1}
+    assert registry.family(name).read(config).decoder.logit_cap == 0
+
+
+@pytest.mark.parametrize("name", ["llava", "paligemma", "gemma3", "blip_2"])
+def test_the_newer_name_of_the_placeholder_wins(name):
+    golden = goldens.read(name)
+    token = golden.config["image_token_index"]
+    config = golden.config | {"image_token_index": 7, "image_token_id": token}
+    known = registry.family(config["model_type"])
+    prompts = known.inputs(known.read(config), config, golden.inputs)
+    assert ((prompts.batch.visual_index >= 0) == (prompts.batch.tokens == token)).all()
+
+
+@pytest.mark.parametrize("layers", [[], "last", [1.5], [-9, -1]])
+def test_feature_layers_that_are_none(layers):
+    config = {"vision_feature_layer": layers, "vision_config": CLIP | {"num_hidden_layers": 3}}
+    with pytest.raises(ConfigError, match=r"vision_feature_layer|taps"):
+        check_model(llava.read(config))

@@ -156,8 +156,8 @@ class Vit(nnx.Module):
 
     def _run(
         self, images: Images, key: Array | None
-    ) -> tuple[Float[Array, "n T D"], Bool[Array, "n P"] | None]:
-        """All tokens after the last block, and which patches there are."""
+    ) -> tuple[Float[Array, "n T _D"], Bool[Array, "n P"] | None]:
+        """All tokens after the last block, or of all taps, and which patches there are."""
         encoder = self.encoder
         seen = grids.places(images, encoder)
         x = self.stem(images, encoder)
@@ -171,10 +171,16 @@ class Vit(nnx.Module):
         rates = jnp.linspace(0.0, encoder.drop_path, encoder.depth)[: encoder.blocks]
 
         def apply(block, x, rate, key):
-            return block(x, mask, angle, rate if encoder.drop_path else 0.0, key), None
+            x = block(x, mask, angle, rate if encoder.drop_path else 0.0, key)
+            return x, x if encoder.taps else None
 
-        x, _ = self.stack(apply, x, per_layer=rates, key=key)
-        return x, seen.mask
+        last, outputs = self.stack(apply, x, per_layer=rates, key=key)
+        if not encoder.taps:
+            return last, seen.mask
+        # Counted from the last block of the published tower, which need not run.
+        outputs = jnp.concatenate([x[None], outputs])
+        tapped = [outputs[encoder.depth + 1 + tap] for tap in encoder.taps]
+        return jnp.concatenate(tapped, axis=-1), seen.mask
 
     def _positions(self, seen: grids.Places) -> Float[Array, "m P D"] | Float[Array, ""]:
         """What is added to the patches."""

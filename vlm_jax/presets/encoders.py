@@ -43,6 +43,8 @@ class Encoder:
       attention_scale: factor on scores; 0 = one over the root of the head dimension.
       unbiased: which of "patch", "query", "key", "value", "out" and "mlp" have no bias.
       layer: whose output the features are, counted from the last block; later ones do not run.
+      taps: blocks whose outputs, counted like `layer`, are the features together, their channels
+        concatenated in this order; one before the first is what the blocks read. () = `layer`'s.
       final_norm: whether a norm follows that block.
       keep_class: whether the class token is the first of the features.
       pool: "none" gives patch features; "map" pools them to one by attention (SigLIP's head);
@@ -82,6 +84,7 @@ class Encoder:
     attention_scale: float = 0.0
     unbiased: tuple[str, ...] = ()
     layer: int = -1
+    taps: tuple[int, ...] = ()
     final_norm: bool = True
     keep_class: bool = False
     pool: str = "none"
@@ -151,7 +154,8 @@ class Encoder:
     @property
     def features(self) -> tuple[int, int]:
         """How many features an image gives, and their width."""
-        return self.keep_class + self.patches if self.pool == "none" else 1, self.width
+        width = self.width * max(1, len(self.taps))
+        return self.keep_class + self.patches if self.pool == "none" else 1, width
 
     def has_bias(self, part: str) -> bool:
         """Whether a part, one of BIASES, has a bias."""
@@ -187,6 +191,13 @@ class Encoder:
             yield "unbiased", f"some of {', '.join(self.BIASES)}"
         if not -self.depth <= self.layer <= -1:
             yield "layer", f"-1 (the last block) to {-self.depth} (the first)"
+        if self.taps and (max(self.taps) != self.layer or min(self.taps) < -self.depth - 1):
+            yield "taps", f"{self.layer} (`layer`) and blocks before it, down to {-self.depth - 1}"
+        if self.taps and (self.final_norm or self.pool == "map"):
+            yield (
+                "taps",
+                "() with a final norm or pooling by attention, which are as wide as blocks",
+            )
         if self.keep_class and not self.class_token:
             yield "keep_class", "False without a class token"
         if self.pool == "class" and not self.class_token:

@@ -62,9 +62,21 @@ def setting(hf: Mapping[str, Any], key: str, default: Any, supported: Mapping[An
     return supported[value]
 
 
-def part(hf: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """A part of a config.json that may be left out."""
-    return hf.get(key) or {}
+def part(
+    hf: Mapping[str, Any], key: str, default: Mapping[str, Any] | None = None
+) -> Mapping[str, Any]:
+    """A part of a config.json that may be left out, where `default` stands for all of it.
+
+    transformers fills a part that is there, even an empty one, with the defaults of its own class.
+    """
+    found = hf.get(key)
+    return (default or {}) if found is None else found
+
+
+def image_token(hf: Mapping[str, Any], default: int | None = None) -> int | None:
+    """Id of the placeholder; of its two names the newer, `image_token_id`, wins in transformers."""
+    found = hf.get("image_token_id")
+    return hf.get("image_token_index", default) if found is None else found
 
 
 def period(kinds: Iterable[str]) -> tuple[str, ...]:

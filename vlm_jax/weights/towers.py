@@ -45,6 +45,7 @@ DECODERS = {
 # Fields that config.json says nothing of: which features a system takes, and how we compute.
 FREE = (
     "layer",
+    "taps",
     "final_norm",
     "keep_class",
     "pool",
@@ -84,6 +85,12 @@ def read(towers: Mapping[str, ModuleType], hf: Mapping[str, Any], default: str) 
             f"{', '.join(towers)}"
         )
     return towers[hf["model_type"]].read(hf)
+
+
+def uncapped(decoder: Any) -> Any:
+    """A decoder below an output matrix of the system's own: transformers caps logits in the class
+    of a decoder alone (Gemma 2 and 3) and in PaliGemma's, whatever text_config says."""
+    return dataclasses.replace(decoder, logit_cap=0.0)
 
 
 def kind(towers: Mapping[str, ModuleType], preset: Any) -> str:

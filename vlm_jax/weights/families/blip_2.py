@@ -8,8 +8,8 @@ from typing import Any
 
 from vlm_jax.config import Model
 from vlm_jax.errors import ConfigError
+from vlm_jax.weights import fields, towers
 from vlm_jax.weights import inputs as inputs_
-from vlm_jax.weights import towers
 from vlm_jax.weights.families import blip_2_qformer, blip_2_vision_model
 from vlm_jax.weights.tables import Row, placed
 
@@ -85,7 +85,7 @@ def image_token(hf: Mapping[str, Any]) -> int:
     Raises:
       ConfigError: config.json does not say it.
     """
-    token = hf.get("image_token_index", hf.get("image_token_id"))
+    token = fields.image_token(hf)
     if token is None:
         raise ConfigError(
             "image_token_index of config.json is null, so that nothing says where visual tokens "

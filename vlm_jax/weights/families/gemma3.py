@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Int
 
 from vlm_jax.config import Model
+from vlm_jax.weights import fields, towers
 from vlm_jax.weights import inputs as inputs_
 from vlm_jax.weights.families import gemma3_projector, llava, paligemma
 from vlm_jax.weights.tables import Row, placed
@@ -25,15 +26,15 @@ def read(hf: Mapping[str, Any]) -> Model:
       ConfigError: it says what no preset does.
     """
     encoder, decoder = paligemma.read_towers(hf, "gemma3_text")
-    return Model(encoder, gemma3_projector.read(hf), decoder)
+    return Model(encoder, gemma3_projector.read(hf), towers.uncapped(decoder))
 
 
 def write(model: Model) -> dict[str, Any]:
     """Fields of config.json: the inverse of `read`."""
     own = gemma3_projector.write(model.connector)
-    towers = paligemma.written_towers(model)
-    vision = towers["vision_config"] | own.pop("vision_config")
-    return {"model_type": "gemma3", **towers, "vision_config": vision, **own}
+    parts = paligemma.written_towers(model)
+    vision = parts["vision_config"] | own.pop("vision_config")
+    return {"model_type": "gemma3", **parts, "vision_config": vision, **own}
 
 
 def rows(model: Model) -> list[Row]:
@@ -48,7 +49,7 @@ def inputs(model: Model, hf: Mapping[str, Any], arrays: inputs_.Arrays) -> input
     Raises:
       DataError: the arrays are of other shapes.
     """
-    token = hf.get("image_token_index", hf.get("image_token_id", 262_144))
+    token = fields.image_token(hf, 262_144)
     return paligemma.with_blocks(model, token, arrays, _runs)
 
 

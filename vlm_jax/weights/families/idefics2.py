@@ -33,10 +33,10 @@ def read(hf: Mapping[str, Any]) -> Model:
 def decoder(hf: Mapping[str, Any], default: str) -> Any:
     """The decoder of a config.json, which says itself whether its output matrix is tied."""
     text = {
-        **fields.part(hf, "text_config"),
+        **fields.part(hf, "text_config", connector.TEXT_CONFIG),
         "tie_word_embeddings": hf.get("tie_word_embeddings", False),
     }
-    return towers.read(towers.DECODERS, text, default)
+    return towers.uncapped(towers.read(towers.DECODERS, text, default))
 
 
 def write(model: Model) -> dict[str, Any]:

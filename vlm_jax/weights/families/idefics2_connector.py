@@ -10,6 +10,8 @@ from vlm_jax.weights import fields
 from vlm_jax.weights.tables import Row, linear, norm, placed
 
 CARRIED: tuple[str, ...] = ()
+# All that transformers sets of a text_config that is left out, in Idefics3 and SmolVLM too.
+TEXT_CONFIG = {"rms_norm_eps": 1e-5}
 MLP = ("gate", "up", "down")
 
 
@@ -37,11 +39,12 @@ def read(hf: Mapping[str, Any]) -> Connector:
     Raises:
       ConfigError: a setting that we do not have.
     """
-    text, own = fields.part(hf, "text_config"), fields.part(hf, "perceiver_config")
+    text = fields.part(hf, "text_config", TEXT_CONFIG)
+    own = fields.part(hf, "perceiver_config")
     width, own_width = text.get("hidden_size", 4096), own.get("hidden_size", 4096)
     # Where widths differ, transformers takes the text's settings for both.
     eps = own.get("rms_norm_eps", 1e-6)
-    eps = eps if width == own_width else text.get("rms_norm_eps", 1e-5)
+    eps = eps if width == own_width else text.get("rms_norm_eps", 1e-6)
     fields.setting(text, "hidden_act", "silu", {"silu": "silu"})
     return dataclasses.replace(
         resampler("idefics2"),

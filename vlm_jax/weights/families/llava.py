@@ -45,31 +45,42 @@ def read(hf: Mapping[str, Any]) -> Model:
     Raises:
       ConfigError: it says what no preset does.
     """
-    layer = hf.get("vision_feature_layer", -2)
-    layer = layer[0] if isinstance(layer, list) and len(layer) == 1 else layer
-    fields.expect({"vision_feature_layer": type(layer).__name__}, vision_feature_layer="int")
     select = hf.get("vision_feature_select_strategy", "default")
     fields.expect(
         {"vision_feature_select_strategy": select}, vision_feature_select_strategy=tuple(SELECT)
     )
-    encoder = towers.read(
-        towers.ENCODERS, hf.get("vision_config") or VISION_CONFIG, "clip_vision_model"
-    )
-    # Hidden states are counted from the embeddings on, and taken before the last norm.
-    layer = layer if layer < 0 else layer - encoder.depth - 1
+    vision = fields.part(hf, "vision_config", VISION_CONFIG)
+    encoder = towers.read(towers.ENCODERS, vision, "clip_vision_model")
+    taps = _taps(hf, encoder.depth)
     if not SELECT[select] and not encoder.class_token:
         raise ConfigError(
             "vision_feature_select_strategy of config.json is 'default', which drops the first "
             "feature; expected 'full', as the encoder has no class token"
         )
     encoder = dataclasses.replace(
-        encoder, layer=layer, final_norm=False, keep_class=SELECT[select] and encoder.class_token
+        encoder,
+        layer=max(taps),
+        taps=taps if len(taps) > 1 else (),
+        final_norm=False,
+        keep_class=SELECT[select] and encoder.class_token,
     )
     text = fields.part(hf, "text_config")
     # Either level may say so; that an output matrix comes all the same is seen when it is read.
     tied = hf.get("tie_word_embeddings") or text.get("tie_word_embeddings") or False
     decoder = towers.read(towers.DECODERS, {**text, "tie_word_embeddings": tied}, "llama")
-    return Model(encoder, llava_projector.read(hf), decoder)
+    return Model(encoder, llava_projector.read(hf), towers.uncapped(decoder))
+
+
+def _taps(hf: Mapping[str, Any], depth: int) -> tuple[int, ...]:
+    """Blocks whose outputs are the features, before the last norm, counted from the last one."""
+    given = hf.get("vision_feature_layer", -2)
+    layers = given if isinstance(given, list) else [given]
+    if not layers or not all(type(layer) is int for layer in layers):
+        raise ConfigError(
+            f"vision_feature_layer of config.json is {given!r}; expected a number or several"
+        )
+    # Theirs count from 0, what the first block reads, or from the end.
+    return tuple(layer if layer < 0 else layer - depth - 1 for layer in layers)
 
 
 def write(model: Model) -> dict[str, Any]:
@@ -80,7 +91,7 @@ def write(model: Model) -> dict[str, Any]:
         "model_type": "llava",
         "vision_config": towers.write(towers.ENCODERS, encoder),
         "text_config": towers.write(towers.DECODERS, model.decoder),
-        "vision_feature_layer": encoder.layer,
+        "vision_feature_layer": list(encoder.taps) or encoder.layer,
         "vision_feature_select_strategy": select,
         "image_seq_length": model.visual_tokens,
         "tie_word_embeddings": model.decoder.tied,
@@ -106,7 +117,7 @@ def carried(model: Model) -> tuple[str, ...]:
 
 def image_token(hf: Mapping[str, Any]) -> int:
     """Id of the token that stands where a visual token will."""
-    return hf.get("image_token_id", hf.get("image_token_index", 32_000))
+    return fields.image_token(hf, 32_000)
 
 
 def inputs(model: Model, hf: Mapping[str, Any], arrays: inputs_.Arrays) -> inputs_.Prompts:

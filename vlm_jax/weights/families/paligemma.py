@@ -23,6 +23,23 @@ from vlm_jax.weights.tables import Row, placed
 ARCHITECTURE = "PaliGemmaForConditionalGeneration"
 VISION, TEXT = llava.VISION, llava.TEXT
 renames, carried = llava.renames, llava.carried
+# Where config.json has none: PaliGemma 3B at 224 pixels.
+VISION_CONFIG = {
+    "hidden_size": 1152,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+    "image_size": 224,
+}
+TEXT_CONFIG = {
+    "hidden_size": 2048,
+    "intermediate_size": 16_384,
+    "num_hidden_layers": 18,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 1,
+    "vocab_size": 257_152,
+}
 
 
 def read(hf: Mapping[str, Any]) -> Model:
@@ -31,10 +48,12 @@ def read(hf: Mapping[str, Any]) -> Model:
     Raises:
       ConfigError: it says what no preset does.
     """
-    text = dict(fields.part(hf, "text_config"))
+    text = dict(fields.part(hf, "text_config", TEXT_CONFIG))
     # It says that prompts see both ways, which is left to the inputs.
     text.pop("use_bidirectional_attention", None)
-    encoder, decoder = read_towers({**hf, "text_config": text}, "gemma")
+    vision = fields.part(hf, "vision_config", VISION_CONFIG)
+    parts = {"text_config": text, "vision_config": vision}
+    encoder, decoder = read_towers({**hf, **parts}, "gemma")
     width = hf.get("projection_dim", 2048)
     fields.expect({"projection_dim": width}, projection_dim=decoder.width)
     decoder = dataclasses.replace(decoder, window_in_blocks=not decoder.window)
@@ -93,7 +112,7 @@ def inputs(model: Model, hf: Mapping[str, Any], arrays: inputs_.Arrays) -> input
       DataError: the arrays are of other shapes.
     """
     prefix = lambda types: (types == 0).astype(np.int32)  # noqa: E731
-    token = hf.get("image_token_index", hf.get("image_token_id", 256_000))
+    token = fields.image_token(hf, 256_000)
     return with_blocks(model, token, arrays, prefix)
 
 
