@@ -122,8 +122,8 @@ def _flattened(encoder: Any, arrays: Arrays) -> Seen:
         )
     if places.min() < 0 or places.max() >= known:
         raise DataError(
-            f"flattened_patches have rows or columns {places.min()} to {places.max()}; expected some "
-            f"of 0, padding's, to below {known}"
+            f"flattened_patches have rows or columns {places.min()} to {places.max()}; "
+            f"expected 0, that of padding, to {known - 1}"
         )
     return _with_grids(
         encoder, whole[..., 2:], places.max(axis=1), np.maximum(places - 1, 0), there
