@@ -96,6 +96,27 @@ def test_an_old_config_of_clip_goes_by_its_second_copy_and_takes_the_largest_id_
     )
 
 
+def test_another_copy_of_a_part_of_clip_wins_even_where_it_says_nothing():
+    empty = {"text_config_dict": {}, "text_config": {"hidden_size": 32}}
+    assert registry.family("clip").read(empty) == registry.family("clip").read({})
+
+
+def test_global_layers_that_a_sam_does_not_have_are_passed_over():
+    few = {"num_hidden_layers": 3}  # the default's are 2, 5, 8 and 11
+    assert registry.family("sam").read({"vision_config": few}).encoder.global_layers == (2,)
+
+
+@pytest.mark.parametrize("width", [6, 14, 20, 1536])
+@pytest.mark.parametrize("gated", [True, False])
+def test_the_ratio_of_every_dinov2_is_written_as_a_whole_number_that_reads_back(width, gated):
+    known = registry.family("dinov2")
+    for ratio in (1, 2, 4):
+        said = {"hidden_size": width, "num_attention_heads": 2, "use_swiglu_ffn": gated}
+        model = known.read(said | {"mlp_ratio": ratio})
+        written = known.write(model)
+        assert known.read(written) == model and type(written["mlp_ratio"]) is int
+
+
 ALONE = (
     "blip_2_vision",
     "clip_vision",
@@ -153,9 +174,10 @@ def test_pixels_beyond_the_last_whole_patch_are_dropped_and_their_number_is_give
         ("clip", {"text_config": {"hidden_act": "mish"}}, "mish"),
         ("siglip", {"vision_config": {"vision_use_head": False}}, "vision_use_head"),
         ("siglip2", {"text_config": {"attention_dropout": 0.1}}, "attention_dropout"),
+        ("dinov2", {"layerscale_value": 0.0}, "layerscale_value of config.json is 0.0"),
     ],
 )
-def test_settings_of_pairs_that_are_not_computed_are_refused_by_name(name, config, message):
+def test_settings_that_are_not_computed_are_refused_by_name(name, config, message):
     with pytest.raises(ConfigError, match=message):
         registry.family(name).read(config)
 
@@ -187,7 +209,26 @@ def test_pairs_that_contradict_themselves_are_refused_by_name(model, named):
         ("clip", {"pixel_values": np.zeros((2, 3, 16, 12))}, "takes .12, 12"),
         ("clip", {"spatial_shapes": np.zeros((2, 2))}, "spatial_shapes are not taken"),
         ("siglip2", {"pixel_attention_mask": np.ones((3, 5))}, "mask of pictures"),
+        ("clip", {"input_ids": np.full((3, 7), 23)}, "input_ids reach 23; the model has 23"),
+        (
+            "siglip2_vision",
+            {"spatial_shapes": np.full((3, 2), 5)},
+            "spatial_shapes are .*most the 17",
+        ),
+        ("siglip2_vision", {"spatial_shapes": np.zeros((3, 2), int)}, "spatial_shapes are"),
+        ("pix2struct_vision", {"attention_mask": np.ones((3, 17))}, "row or column 0"),
+        (
+            "pix2struct_vision",
+            {"flattened_patches": np.full((3, 17, 50), 9.0)},
+            "9 to 9; expected .* to 8",
+        ),
         ("idefics2_vision", {"patch_attention_mask": np.ones((3, 2, 2))}, "patch_attention_mask"),
+        # transformers takes a place for the row of the mask that it is in, or for none.
+        (
+            "idefics2_vision",
+            {"patch_attention_mask": np.tile(np.arange(7) != 1, (3, 5, 1))},
+            "holes",
+        ),
         ("sam_vision", {"pixel_values": np.zeros((2, 3, 16, 20))}, "takes .20, 20"),
     ],
 )

@@ -70,7 +70,20 @@ def _saved(module, folder) -> dict[str, np.ndarray]:
 
 
 SAM = alone_cases.CASES["sam_vision"]["config"].to_dict()
+DINO = alone_cases.RATIO | {"image_size": 12, "patch_size": 3, "num_labels": 3}
 CARRYING = {
+    "dinov2": (
+        transformers.Dinov2ForImageClassification,
+        transformers.Dinov2Config(**DINO),
+        alone_cases.pictures(10, 15),
+        lambda module, x: module.dinov2(x).last_hidden_state,
+    ),
+    "dinov2_with_registers": (
+        transformers.Dinov2WithRegistersForImageClassification,
+        transformers.Dinov2WithRegistersConfig(**DINO, num_register_tokens=0),
+        alone_cases.pictures(9, 14),
+        lambda module, x: module.dinov2_with_registers(x).last_hidden_state,
+    ),
     "convnext": (
         transformers.ConvNextForImageClassification,
         transformers.ConvNextConfig(**alone_cases.STAGES, num_labels=3),

@@ -110,6 +110,11 @@ def _similarities(
             f"input_ids are {seen.tokens.shape[1]} long; the model takes {model.text.length}"
         )
 
+    if seen.tokens.min() < 0 or seen.tokens.max() >= model.text.vocab:
+        raise DataError(
+            f"input_ids reach {seen.tokens.max()}; the model has {model.text.vocab} tokens"
+        )
+
     def run(leaves, seen):
         return params.build(model, leaves).similarity(*seen)
 

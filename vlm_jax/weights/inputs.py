@@ -141,8 +141,7 @@ def padded_pictures(encoder, arrays: Arrays, whole: bool) -> Images:
     there = squares.all(axis=-1) if whole else squares.any(axis=-1)
     if not there.any(axis=-1).all():
         raise DataError("pixel_attention_mask leaves no patch of an image")
-    grid = there.reshape(-1, *encoder.grid)
-    grids = np.stack([grid[:, :, 0].sum(axis=1), grid[:, 0].sum(axis=1)], axis=-1)
+    grids = corners(there.reshape(-1, *encoder.grid), "pixel_attention_mask")
     # Padding has the position of the first patch: connectors without a mask see what becomes of it.
     positions = np.where(there[..., None], _positions(encoder.grid), 0)
     return Images(
@@ -151,6 +150,19 @@ def padded_pictures(encoder, arrays: Arrays, whole: bool) -> Images:
         patch_positions=positions.astype(np.int32),
         patch_images=np.where(there, 0, -1).astype(np.int32),
     )
+
+
+def corners(there: np.ndarray, name: str) -> np.ndarray:
+    """Rows and columns [n, 2] of images that fill the upper left corners of grids [n, h, w].
+
+    Raises:
+      DataError: an image is no such rectangle; `name` is that of the mask.
+    """
+    grids = np.stack([there[:, :, 0].sum(axis=1), there[:, 0].sum(axis=1)], axis=1)
+    rows, columns = np.indices(there.shape[1:])
+    if ((rows < grids[:, :1, None]) & (columns < grids[:, 1:, None]) != there).any():
+        raise DataError(f"{name} has holes; expected images in the upper left corner, and padding")
+    return grids
 
 
 def patchify(pixels: np.ndarray, patch: int) -> np.ndarray:

@@ -96,7 +96,12 @@ def _naflex(encoder: Any, arrays: Arrays) -> Seen:
     grids = array(arrays, "spatial_shapes", 2).astype(np.int32)
     there = array(arrays, "pixel_attention_mask", 2).astype(bool)
     number = np.arange(patches.shape[1])
-    columns = np.maximum(grids[:, 1:], 1)
+    if grids.shape[1:] != (2,) or grids.min() < 1 or grids.prod(axis=1).max() > len(number):
+        raise DataError(
+            f"spatial_shapes are {grids.tolist()}; expected rows and columns of at most the "
+            f"{len(number)} patches of pixel_values"
+        )
+    columns = grids[:, 1:]
     places = np.stack([number // columns, number % columns], axis=-1)
     places = np.where((number < grids.prod(axis=1)[:, None])[..., None], places, 0)
     return _with_grids(encoder, patches, grids, places, there)
@@ -109,6 +114,17 @@ def _flattened(encoder: Any, arrays: Arrays) -> Seen:
     if "attention_mask" in arrays:
         there = array(arrays, "attention_mask", 2).astype(bool)
     places = whole[..., :2].astype(np.int32)
+    known = encoder.table_grid[0]
+    if there.shape == places.shape[:2] and (places[there] <= 0).any():
+        raise DataError(
+            "flattened_patches have row or column 0, that of padding, where attention_mask (by "
+            "default wherever they are not 0) says that there is a patch"
+        )
+    if places.min() < 0 or places.max() >= known:
+        raise DataError(
+            f"flattened_patches have rows or columns {places.min()} to {places.max()}; "
+            f"expected 0, that of padding, to {known - 1}"
+        )
     return _with_grids(
         encoder, whole[..., 2:], places.max(axis=1), np.maximum(places - 1, 0), there
     )
@@ -126,7 +142,7 @@ def _padded(encoder: Any, arrays: Arrays) -> Seen:
         raise DataError(
             f"patch_attention_mask has shape {there.shape}; expected {(n, rows, columns)}"
         )
-    grids = np.stack([there[:, :, 0].sum(axis=1), there[:, 0].sum(axis=1)], axis=1)
+    grids = inputs.corners(there, "patch_attention_mask")
     there = there.reshape(n, -1)
     # Padding stands at the first place, as theirs does: its features come out the same.
     places = np.where(there[..., None], np.indices((rows, columns)).reshape(2, -1).T, 0)

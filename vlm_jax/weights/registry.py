@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
@@ -88,17 +89,23 @@ def _decoder(model_type: str, architecture: str, renames=_BASE) -> Family:
 
 
 def _encoder(
-    model_type: str, architecture: str, module: ModuleType, way: pictures.Way, renames=()
+    model_type: str, architecture: str, module: ModuleType, way: pictures.Way, trunk: str, renames
 ) -> Family:
-    """A family whose folders hold an encoder alone, with all its features."""
+    """A family whose folders hold an encoder alone, with all its features.
+
+    `trunk` is what the class with a classifier, which is carried, puts before the module's names.
+    """
     several = module.write.__code__.co_argcount > 1
     write = module.write if several else lambda encoder, _: module.write(encoder)
+    carried = module.CARRIED
+    if trunk:
+        carried = (*(re.escape(trunk) + name for name in carried), r"classifier\..*")
     return Family(
         architecture,
         read=lambda hf: Model(encoder=module.read({"model_type": model_type} | dict(hf))),
         write=lambda model: write(model.encoder, model_type),
-        rows=lambda model: placed(module.rows(model.encoder), "encoder/"),
-        carried=lambda model: module.CARRIED,
+        rows=lambda model: placed(module.rows(model.encoder), "encoder/", trunk),
+        carried=lambda model: carried,
         inputs=lambda model, hf, arrays: pictures.alone(way, model.encoder, arrays),
         ignored=BUFFERS,
         renames=lambda model: renames,
@@ -160,8 +167,12 @@ ENCODERS = {
     "clip_vision_model": ("CLIPVisionModel", _ON_DEMAND, VISION),
     "siglip_vision_model": ("SiglipVisionModel", _ON_DEMAND, VISION),
     "siglip2_vision_model": ("Siglip2VisionModel", pictures.NAFLEX, VISION),
-    "dinov2": ("Dinov2Model", pictures.RESIZED, ()),
-    "dinov2_with_registers": ("Dinov2WithRegistersModel", pictures.RESIZED, ()),
+    "dinov2": ("Dinov2Model", pictures.RESIZED, _trunk("dinov2")),
+    "dinov2_with_registers": (
+        "Dinov2WithRegistersModel",
+        pictures.RESIZED,
+        _trunk("dinov2_with_registers"),
+    ),
     "blip_2_vision_model": ("Blip2VisionModel", _ON_DEMAND, ()),
     "idefics2_vision": ("Idefics2VisionTransformer", pictures.PADDED, ()),
     "idefics3_vision": ("Idefics3VisionTransformer", pictures.PADDED, ()),
@@ -171,6 +182,8 @@ ENCODERS = {
     "convnextv2": ("ConvNextV2Model", pictures.ANY_SIZE, _trunk("convnextv2")),
     "sam_vision_model": ("SamVisionModel", pictures.WHOLE, ()),
 }
+# What comes before the names of their tables.
+TRUNKS = {"dinov2": "dinov2.", "dinov2_with_registers": "dinov2_with_registers."}
 _MODULES = towers.ENCODERS | {
     "pix2struct_vision_model": pix2struct_vision_model,
     "convnext": convnext,
@@ -178,7 +191,7 @@ _MODULES = towers.ENCODERS | {
     "sam_vision_model": sam_vision_model,
 }
 FAMILIES |= {
-    name: _encoder(name, architecture, _MODULES[name], way, renames)
+    name: _encoder(name, architecture, _MODULES[name], way, TRUNKS.get(name, ""), renames)
     for name, (architecture, way, renames) in ENCODERS.items()
 }
 FAMILIES["pix2struct"] = dataclasses.replace(

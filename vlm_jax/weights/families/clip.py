@@ -59,7 +59,8 @@ def read(hf: Mapping[str, Any]) -> Model:
 
 def _part(hf: Mapping[str, Any], name: str) -> dict[str, Any]:
     """A part's config: older files also have another one, which transformers then goes by."""
-    return dict(hf.get(f"{name}_dict") or hf.get(name) or {})
+    other = hf.get(f"{name}_dict")
+    return dict((hf.get(name) or {}) if other is None else other)
 
 
 def write(model: Model) -> dict[str, Any]:

@@ -76,6 +76,11 @@ def read(hf: Mapping[str, Any], defaults: Mapping[str, Any] = DEFAULTS, **fields
       ConfigError: it has a setting that we do not compute.
     """
     found = vision.filled(hf, defaults, FIXED)
+    if not found["layerscale_value"]:  # a preset that says 0 has no scales at all
+        raise ConfigError(
+            f"layerscale_value of config.json is {found['layerscale_value']!r}; expected another "
+            "than 0, from which learned scales start"
+        )
     gated = found["use_swiglu_ffn"]
     ours = vision.fields(found, FIELDS)
     hidden = int(ours["width"] * found["mlp_ratio"])
@@ -114,8 +119,8 @@ def write(preset: Encoder, model_type: str = "dinov2") -> dict[str, Any]:
 
 def _ratio(preset: Encoder) -> int:
     """The ratio whose feed-forward part is that wide: gated ones round two thirds of it up to 8."""
-    share = 3 / 2 if preset.gated else 1
-    ratio = round(preset.mlp * share / preset.width)
+    # Rounded down, for what is rounded up to 8 came from no more than that.
+    ratio = preset.mlp * (3 if preset.gated else 2) // 2 // preset.width
     hidden = preset.width * ratio
     hidden = (int(hidden * 2 / 3) + 7) // 8 * 8 if preset.gated else hidden
     if hidden != preset.mlp:

@@ -107,7 +107,10 @@ def read(hf: Mapping[str, Any]) -> Sam:
             raise ConfigError(f"config.json: {field} is {hf[field]!r}, which no SAM here has")
     return Sam(
         **{ours: hf[theirs] for ours, theirs in FIELDS.items()},
-        global_layers=tuple(hf["global_attn_indexes"]),
+        # Numbers of layers that are not there say nothing to transformers.
+        global_layers=tuple(
+            i for i in hf["global_attn_indexes"] if 0 <= i < hf["num_hidden_layers"]
+        ),
         activation=ACTIVATIONS[hf["hidden_act"]],
         neck_eps=EPS,
     )
