@@ -304,7 +304,7 @@ CASES = {
     ),
     "gpt_neox_unbiased": _text(
         "gpt_neox", 27, hidden_size=24, num_hidden_layers=1, intermediate_size=20,
-        num_attention_heads=3, hidden_act="gelu_fast", attention_bias=False,
+        num_attention_heads=3, hidden_act="gelu_pytorch_tanh", attention_bias=False,
         rope_parameters={
             "rope_type": "linear", "factor": 3.0, "rope_theta": 50.0, "partial_rotary_factor": 0.5,
         },

@@ -146,6 +146,8 @@ def test_a_tied_output_matrix_of_its_own_is_kept(tmp_path):
         ({"query_pre_attn_scalar": 3, "attn_logit_softcapping": 2.0}, {}),
         ({"sliding_window": 3, "layer_types": ["sliding_attention"] * 2}, {}),
         ({"pretraining_tp": 2}, {}),
+        # As GPT-NeoX-20B calls it.
+        ({"hidden_act": "gelu_fast"}, {"activation": "gelu_tanh"}),
         # The older field wins.
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, {"rope_factor": 2.0}),
     ],
