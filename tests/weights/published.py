@@ -164,6 +164,14 @@ _LLAMA3 = {
     "low_freq_factor": 0.5,
     "high_freq_factor": 3.0,
 }
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 50.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 20,
+    "beta_fast": 3.0,
+    "beta_slow": 0.25,
+}
 _GEMMA2 = {
     "query_pre_attn_scalar": 3,
     "attn_logit_softcapping": 1.5,
@@ -272,6 +280,9 @@ CASES = {
         "qwen2", 35, **{k: v for k, v in _SIZES.items() if k != "head_dim"},
         tie_word_embeddings=True, use_sliding_window=True, sliding_window=3, max_window_layers=1,
     ),
+    "qwen2_yarn": _text(
+        "qwen2", 35, **_SIZES | {"num_hidden_layers": 1, "head_dim": 12}, rope_parameters=_YARN
+    ),
     "qwen3": _text("qwen3", 33, **_SIZES, rms_norm_eps=1e-2),
     "gemma": _text("gemma", 31, **_SIZES, rms_norm_eps=1e-2),
     "gemma2": _text("gemma2", 43, **_SIZES | {"num_hidden_layers": 3}, **_GEMMA2),
@@ -284,11 +295,28 @@ CASES = {
         "opt", 45, hidden_size=12, word_embed_proj_dim=12, num_hidden_layers=2, ffn_dim=22,
         num_attention_heads=3, max_position_embeddings=19,
     ),
+    "opt_350m": _text(
+        "opt", 45, hidden_size=12, word_embed_proj_dim=7, num_hidden_layers=2, ffn_dim=22,
+        num_attention_heads=3, max_position_embeddings=19, do_layer_norm_before=False,
+    ),
+    "opt_bare": _text(
+        "opt", 45, hidden_size=12, num_hidden_layers=2, ffn_dim=22, num_attention_heads=3,
+        max_position_embeddings=19, enable_bias=False, layer_norm_elementwise_affine=False,
+        activation_function="gelu", tie_word_embeddings=False,
+    ),
+    "mpt_untied": _text("mpt", 47, d_model=12, n_heads=3, n_layers=1, tie_word_embeddings=False),
     "mpt": _text("mpt", 47, d_model=18, n_heads=6, n_layers=2, layer_norm_epsilon=1e-2),
     "gpt_neox": _text(
         "gpt_neox", 27, hidden_size=24, num_hidden_layers=2, intermediate_size=20,
         num_attention_heads=3, layer_norm_eps=1e-3,
         rope_parameters={"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5},
+    ),
+    "gpt_neox_unbiased": _text(
+        "gpt_neox", 27, hidden_size=24, num_hidden_layers=1, intermediate_size=20,
+        num_attention_heads=3, hidden_act="gelu_pytorch_tanh", attention_bias=False,
+        rope_parameters={
+            "rope_type": "linear", "factor": 3.0, "rope_theta": 50.0, "partial_rotary_factor": 0.5,
+        },
     ),
 }  # fmt: skip
 CASES |= {

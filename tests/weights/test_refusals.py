@@ -11,6 +11,7 @@ import pytest
 
 from vlm_jax.errors import ConfigError, DataError, VlmError
 from vlm_jax.weights import checking, conversion, files, store
+from vlm_jax.weights.families import llama
 
 NORM = "model.layers.1.input_layernorm.weight"
 
@@ -96,7 +97,7 @@ def test_code_of_its_own_is_never_run(tmp_path):
         ({"model_type": None}, "unknown model_type None"),
         ({"model_type": ["llama"]}, "unknown model_type ['llama']"),
         ({"hidden_act": "mish"}, "hidden_act is 'mish'"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type is 'yarn'"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type is 'dynamic'"),
         ({"num_hidden_layers": 10**9}, "speaks of 1000000000 layers"),
         ({"hidden_size": 0}, "not of a llama"),
         ({"intermediate_size": -3}, "not of a llama"),
@@ -144,6 +145,9 @@ def test_a_tied_output_matrix_of_its_own_is_kept(tmp_path):
         # What transformers does not look at in a Llama.
         ({"query_pre_attn_scalar": 3, "attn_logit_softcapping": 2.0}, {}),
         ({"sliding_window": 3, "layer_types": ["sliding_attention"] * 2}, {}),
+        ({"pretraining_tp": 2}, {}),
+        # As GPT-NeoX-20B calls it.
+        ({"hidden_act": "gelu_fast"}, {"activation": "gelu_tanh"}),
         # The older field wins.
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, {"rope_factor": 2.0}),
     ],
@@ -153,6 +157,67 @@ def test_fields_of_other_families_and_times(fields, changes, tmp_path):
     source = edit(publish(tmp_path / "b"), **fields)
     found = conversion.import_folder(source, tmp_path / "other").model.decoder
     assert found == dataclasses.replace(plain, **changes)
+
+
+_GEMMA3 = {"model_type": "gemma3_text", "num_hidden_layers": 3, "sliding_window": 2}
+
+
+@pytest.mark.parametrize(
+    ("config", "pattern"),
+    [
+        # Only Gemma 3 had this field.
+        (_GEMMA3 | {"sliding_window_pattern": 3}, ("local", "local", "global")),
+        (_GEMMA3 | {"model_type": "gemma2", "sliding_window_pattern": 3}, ("local", "global")),
+    ],
+)
+def test_which_layers_of_gemma_are_local(config, pattern):
+    assert llama.read(config).pattern == pattern
+
+
+@pytest.mark.parametrize(
+    ("rope", "thetas"),
+    [
+        ({"sliding_attention": {"rope_theta": 30.0}}, (1e6, 30.0)),
+        ({"full_attention": {"rope_theta": 70.0}}, (70.0, 1e4)),
+        # transformers looks for no others.
+        ({"rope_type": "default", "rope_theta": 55.0}, (1e6, 1e4)),
+    ],
+)
+def test_gemma3_rope_parameters_that_speak_of_one_kind_of_layer_or_of_none(rope, thetas):
+    decoder = llama.read(_GEMMA3 | {"rope_parameters": rope})
+    assert (decoder.rope_theta, decoder.local_theta) == thetas
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"sliding_window": None}, "sliding_window is null"),
+        ({"layer_types": ["sliding_attention"]}, "expected 3 times"),
+        ({"layer_types": ["chunked_attention"] * 3}, "expected 3 times sliding_attention"),
+    ],
+)
+def test_layers_that_transformers_could_not_run(fields, message):
+    # Qwen2 takes its window only with `use_sliding_window`.
+    kinds = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+    config = {"model_type": "gemma2", "num_hidden_layers": 3} | kinds
+    with pytest.raises(ConfigError, match=message):
+        llama.read(config | fields)
+    with pytest.raises(ConfigError, match="use_sliding_window false"):
+        llama.read(config | {"model_type": "qwen2"})
+
+
+def test_a_gemma_without_local_layers_goes_out_with_a_window():
+    """Or transformers could not run it: it makes both masks."""
+    decoder = llama.read(_GEMMA3 | {"layer_types": ["full_attention"] * 3})
+    assert "sliding_window" not in llama.write(decoder, "gemma3_text")
+
+
+@pytest.mark.parametrize(("model_type", "context"), [("llama", 2048), ("mistral", 131_072)])
+def test_the_context_that_scaled_frequencies_start_from(model_type, context):
+    rope = {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4}
+    config = {"model_type": model_type, "rope_scaling": rope}
+    assert llama.read(config).rope_original == context
+    assert llama.read(config | {"original_max_position_embeddings": 77}).rope_original == 77
 
 
 def test_layers_of_different_dtypes_keep_every_bit(tmp_path):

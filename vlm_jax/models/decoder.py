@@ -47,7 +47,7 @@ def _written(leaf, new: Float[Array, "B T G K"], layer, start) -> Float[Array, "
 
 
 class Block(nnx.Module):
-    """Causal self-attention and a feed-forward part, each behind a norm and a residual."""
+    """Causal self-attention and a feed-forward part, each with a norm and a residual."""
 
     def __init__(self, decoder: Decoder, rngs: nnx.Rngs):
         d, norm = decoder, NORMS[decoder.norm]
@@ -73,6 +73,11 @@ class Block(nnx.Module):
         """One block; with a cache, its keys and values are written at slot `start` of `layer`."""
         keys = (None,) * 2 if key is None else jax.random.split(key)
         rate = self.decoder.dropout
+        if self.decoder.norm_after:
+            y, cache = self._attend(x, look, cache, layer, start)
+            x = self.norm1(x + drop(y, rate, keys[0]))
+            x = self.norm2(x + drop(self.mlp(x), rate, keys[1]))
+            return constrain(x, "batch", None, None), cache
         y, cache = self._attend(self.norm1(x), look, cache, layer, start)
         attended = x + drop(y if self.post_norm1 is None else self.post_norm1(y), rate, keys[0])
         y = self.mlp(self.norm2(x if self.decoder.parallel else attended))
@@ -103,26 +108,32 @@ class LanguageModel(nnx.Module):
     def __init__(self, decoder: Decoder, rngs: nnx.Rngs, fusion: CrossAttention | None = None):
         self.decoder = decoder
         # Llama's initializer_range; the first norm makes the scale irrelevant on the way in.
-        table = 0.02 * jax.random.normal(rngs(), (decoder.vocab, decoder.width))
+        table = 0.02 * jax.random.normal(rngs(), (decoder.vocab, decoder.embedded))
         self.embedding = nnx.Param(table)
         learned = decoder.position == "learned"
         size = (decoder.positions, decoder.width)
         self.positions = nnx.Param(0.02 * jax.random.normal(rngs(), size)) if learned else None
         make = lambda rngs: Block(decoder, rngs)  # noqa: E731
         self.stack = Stack(make, decoder.depth, remat=decoder.remat, rngs=rngs)
-        self.norm = NORMS[decoder.norm](decoder.width, decoder.norm_eps)
-        sizes = (decoder.width,), (decoder.vocab,)
+        behind = decoder.norm_after
+        self.norm = None if behind else NORMS[decoder.norm](decoder.width, decoder.norm_eps)
+        sizes = (decoder.embedded,), (decoder.vocab,)
         self.output = None if decoder.tied else Linear(*sizes, bias=False, rngs=rngs)
         added = decoder.added > 0
-        size = (decoder.added, decoder.width)
+        size = (decoder.added, decoder.embedded)
         self.added_embedding = nnx.Param(0.02 * jax.random.normal(rngs(), size)) if added else None
-        sizes = (decoder.width,), (decoder.added,)
+        sizes = (decoder.embedded,), (decoder.added,)
         untied = added and not decoder.tied
         self.added_output = Linear(*sizes, bias=False, rngs=rngs) if untied else None
+        between = decoder.embedding_width > 0
+        sizes = (decoder.embedded,), (decoder.width,)
+        self.project_in = Linear(*sizes, bias=False, rngs=rngs) if between else None
+        sizes = (decoder.width,), (decoder.embedded,)
+        self.project_out = Linear(*sizes, bias=False, rngs=rngs) if between else None
         self.cross = None if fusion is None else Cross(fusion, decoder, rngs)
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Rows of the embedding table, scaled as the preset says."""
+        """Rows of the embedding table, scaled or projected as the preset says."""
         # Cast after the gather, so that the gradients of a frequent token add up in float32.
         if self.added_embedding is None:
             x = self.embedding[...][tokens]
@@ -134,6 +145,7 @@ class LanguageModel(nnx.Module):
         x = x.astype(self.decoder.dtype)
         if self.decoder.embed_root:  # rounded to the dtype computed in, as Gemma's authors do
             x = x * jnp.asarray(math.sqrt(self.decoder.width), x.dtype)
+        x = x if self.project_in is None else self.project_in(x)
         return constrain(x, "batch", None, None)
 
     def __call__(
@@ -191,7 +203,8 @@ class LanguageModel(nnx.Module):
 
     def unembed(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Float32 logits of hidden states: the final norm, then the output matrix."""
-        x = self.norm(x)
+        x = x if self.norm is None else self.norm(x)
+        x = x if self.project_out is None else self.project_out(x)
         logits = _logits(x, self.embedding, self.output)
         if self.added_embedding is not None:
             added = _logits(x, self.added_embedding, self.added_output)

@@ -64,10 +64,10 @@ class Linear(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """Layer normalisation with scale and, as a rule, bias, computed in float32."""
+    """Layer normalisation with, as a rule, scale and bias, computed in float32."""
 
-    def __init__(self, width: int, eps: float, bias: bool = True):
-        self.scale = nnx.Param(jnp.ones(width))
+    def __init__(self, width: int, eps: float, bias: bool = True, scale: bool = True):
+        self.scale = nnx.Param(jnp.ones(width)) if scale else None
         self.bias = nnx.Param(jnp.zeros(width)) if bias else None
         self.eps = eps
 
@@ -75,7 +75,7 @@ class LayerNorm(nnx.Module):
         y = x.astype(jnp.float32)
         y = y - y.mean(-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
-        y = y * self.scale[...]
+        y = y if self.scale is None else y * self.scale[...]
         return (y if self.bias is None else y + self.bias[...]).astype(x.dtype)
 
 
@@ -103,6 +103,7 @@ NORMS = {
     "rms_plus_one": functools.partial(RMSNorm, stored_less=1.0),
     "layer": LayerNorm,
     "layer_unbiased": functools.partial(LayerNorm, bias=False),
+    "layer_bare": functools.partial(LayerNorm, bias=False, scale=False),
 }
 
 

@@ -25,6 +25,7 @@ AXES = (
     (r".*mlp/down/kernel", ("mlp", "embed")),
     (r"(decoder|text)/embedding", ("vocab", "embed")),
     (r"decoder/output/kernel", ("embed", "vocab")),
+    (r"decoder/project_(in|out)/kernel", (None, "embed")),
     (r".*/(downsample|squares)/embed/kernel", (None, None, None, "embed")),
     (r".*/(conv|depthwise)/kernel", (None, None, None, "embed")),
     (r".*/expand/kernel", ("embed", "mlp")),

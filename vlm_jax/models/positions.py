@@ -50,7 +50,8 @@ def view(
     sin = cos = distance = None
     if decoder.position == "rotary":
         angles = positions[..., None, None].astype(jnp.float32) * frequencies(decoder, layer)
-        sin, cos = jnp.sin(angles), jnp.cos(angles)
+        scale = decoder.rope_scale if _scaled(decoder, layer) else 1.0
+        sin, cos = scale * jnp.sin(angles), scale * jnp.cos(angles)
     if decoder.position == "alibi":
         # Both ways alike within a block, as in MPT's prefix models.
         distance = jnp.abs(back).astype(jnp.float32)
@@ -60,21 +61,46 @@ def view(
 def frequencies(decoder: Decoder, layer: str) -> Float[np.ndarray, " R"]:
     """Rotary frequencies, radians per position; R is half of what is rotated of a head."""
     half = int(decoder.head_dim * decoder.rope_share) // 2
-    theta, scaled = decoder.rope_theta, True
-    if layer == "local" and decoder.local_theta:
-        theta, scaled = decoder.local_theta, False
+    scaled = _scaled(decoder, layer)
+    theta = decoder.rope_theta if scaled else decoder.local_theta
     plain = theta ** (-np.arange(half, dtype=np.float32) / np.float32(half))
     if not scaled or decoder.rope_factor == 1:
         return plain
     slow = plain / np.float32(decoder.rope_factor)
     if not decoder.rope_original:
         return slow
-    # Llama 3.1 (its model card's code): frequencies that turn often within the original context
-    # stay, those that hardly turn are divided, and what lies between is blended.
-    turns = decoder.rope_original * plain / (2 * math.pi)
-    keep = (turns - decoder.rope_low) / (decoder.rope_high - decoder.rope_low)
-    keep = np.clip(keep, 0.0, 1.0)
+    # Frequencies that turn often within the original context stay, those that hardly turn are
+    # divided, and what lies between is blended.
+    keep = np.clip(RAMPS[decoder.rope_ramp](decoder, plain), 0.0, 1.0)
     return (keep * plain + (1 - keep) * slow).astype(np.float32)
+
+
+def _scaled(decoder: Decoder, layer: str) -> bool:
+    return layer != "local" or not decoder.local_theta
+
+
+def _by_turns(decoder: Decoder, plain: Float[np.ndarray, " R"]) -> Float[np.ndarray, " R"]:
+    """Llama 3.1's (its model card's code)."""
+    turns = decoder.rope_original * plain / (2 * math.pi)
+    return (turns - decoder.rope_low) / (decoder.rope_high - decoder.rope_low)
+
+
+def _by_dimensions(decoder: Decoder, plain: Float[np.ndarray, " R"]) -> Float[np.ndarray, " R"]:
+    """YaRN's (Peng et al. 2023), whose ends are whole dimensions (the authors' code)."""
+    half = len(plain)
+
+    def where(turns: float) -> float:
+        wavelength = decoder.rope_original / (2 * math.pi * turns)
+        return half * math.log(wavelength) / math.log(decoder.rope_theta)
+
+    fast = max(math.floor(where(decoder.rope_high)), 0)
+    slow = min(math.ceil(where(decoder.rope_low)), 2 * half - 1)
+    slow = slow if slow != fast else slow + 0.001  # as they do
+    return 1 - (np.arange(half, dtype=np.float32) - fast) / (slow - fast)
+
+
+# How much of a frequency stays, before it is clipped to 0 to 1; by `rope_ramp`.
+RAMPS = {"turns": _by_turns, "dimensions": _by_dimensions}
 
 
 def slopes(heads: int, largest: float = 8.0) -> Float[np.ndarray, " H"]:

@@ -13,10 +13,12 @@ class Decoder:
       vocab: rows of the embedding table.
       width, depth, mlp: the usual sizes.
       heads, kv_heads, head_dim: query heads, key/value heads, and their dimension.
-      norm: "rms"; "rms_plus_one", whose stored scale is less one (Gemma); "layer"; or
-        "layer_unbiased" (MPT).
+      norm: "rms"; "rms_plus_one", whose stored scale is less one (Gemma); "layer";
+        "layer_unbiased" (MPT); or "layer_bare", which learns nothing (Galactica).
       norm_eps: of every norm.
       post_norms: whether both branches are normed once more before they are added (Gemma 2 and 3).
+      norm_after: whether norms stand behind each sum instead of before its branch, and none before
+        the output matrix (OPT-350m).
       parallel: whether attention and feed-forward part read the same hidden states (GPT-NeoX).
       activation, gated: of the feed-forward part.
       qkv_bias, out_bias, mlp_bias: which linear maps have biases.
@@ -30,8 +32,12 @@ class Decoder:
       rope_theta: base of the rotary frequencies.
       rope_share: share of the head dimension that is rotated (GPT-NeoX: a quarter).
       rope_factor: what rotary frequencies are divided by; with `rope_original` only the slow ones.
-      rope_original, rope_low, rope_high: of Llama 3's scaling, the context it was trained for and
-        how many turns within it mark slow and fast frequencies; 0 = all are divided (linear).
+      rope_original, rope_low, rope_high: of Llama 3's and YaRN's scaling, the context it was
+        trained for and how many turns within it mark slow and fast frequencies; 0 = all are divided
+        (linear).
+      rope_ramp: what the blend between slow and fast is linear in: "turns" (Llama 3) or
+        "dimensions" (YaRN).
+      rope_scale: factor on rotated queries and keys (YaRN).
       window: how far "local" layers look back, themselves included; 0 = to the start.
       window_in_blocks: whether the window holds between tokens of one block too, which see each
         other both ways (Gemma 3); transformers' PaliGemma 2 lifts it there.
@@ -39,6 +45,8 @@ class Decoder:
       local_theta: `rope_theta` of local layers, which are never scaled; 0 = as global ones (Gemma 3
         differs).
       embed_root: whether embeddings of tokens are multiplied by the root of the width (Gemma).
+      embedding_width: of the embedding table and the output matrix, where hidden states are
+        projected from and to it; 0 = `width`, and no projections (OPT-350m differs).
       tied: whether the output matrix is the embedding table.
       added: further rows of the embedding table and of the output matrix, as leaves of their own;
         their tokens follow the others' (Idefics1).
@@ -56,6 +64,7 @@ class Decoder:
     norm: str = "rms"
     norm_eps: float = 1e-5
     post_norms: bool = False
+    norm_after: bool = False
     parallel: bool = False
     activation: str = "silu"
     gated: bool = True
@@ -75,11 +84,14 @@ class Decoder:
     rope_original: int = 0
     rope_low: float = 1.0
     rope_high: float = 4.0
+    rope_ramp: str = "turns"
+    rope_scale: float = 1.0
     window: int = 0
     window_in_blocks: bool = True
     pattern: tuple[str, ...] = ("global",)
     local_theta: float = 0.0
     embed_root: bool = False
+    embedding_width: int = 0
     tied: bool = False
     added: int = 0
     dropout: float = 0.0
@@ -89,9 +101,10 @@ class Decoder:
 
     CHOICES: ClassVar = {
         "kind": ("transformer",),
-        "norm": ("rms", "rms_plus_one", "layer", "layer_unbiased"),
-        "activation": ("silu", "gelu_tanh", "gelu", "relu"),
+        "norm": ("rms", "rms_plus_one", "layer", "layer_unbiased", "layer_bare"),
+        "activation": ("silu", "gelu_tanh", "gelu", "relu", "quick_gelu"),
         "position": ("rotary", "learned", "alibi"),
+        "rope_ramp": ("turns", "dimensions"),
         "dtype": ("bfloat16", "float32"),
     }
 
@@ -99,6 +112,11 @@ class Decoder:
     def tokens(self) -> int:
         """How many different tokens it knows."""
         return self.vocab + self.added
+
+    @property
+    def embedded(self) -> int:
+        """The width of the embedding table."""
+        return self.embedding_width or self.width
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -109,7 +127,7 @@ class Decoder:
         """Fields that contradict others or the longest document, each with what was expected."""
         if self.heads % self.kv_heads:
             yield "heads", f"a multiple of its {self.kv_heads} key/value heads"
-        rotated = self.head_dim * self.rope_share
+        rotated = int(self.head_dim * self.rope_share)
         if self.position == "rotary" and (not 0 < rotated <= self.head_dim or rotated % 2):
             yield (
                 "rope_share",
@@ -127,6 +145,8 @@ class Decoder:
             yield "window", "at least 1 where the pattern has local layers, else 0"
         if self.local_theta and not local:
             yield "local_theta", "0 where the pattern has no local layers"
+        if self.norm_after and (self.parallel or self.post_norms):
+            yield "norm_after", "False beside parallel or post_norms"
         if self.rope_low >= self.rope_high:
             yield "rope_low", f"less than rope_high {self.rope_high}"
 

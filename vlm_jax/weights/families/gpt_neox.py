@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlm_jax.presets.decoders import Decoder
-from vlm_jax.weights import fields
+from vlm_jax.weights import fields, rotary
 from vlm_jax.weights.tables import Row, linear, norm
 
 CARRIED = ()
@@ -16,9 +16,9 @@ def read(hf: Mapping[str, Any]) -> Decoder:
     Raises:
       ConfigError: it asks for something that no field says.
     """
-    fields.expect(hf, attention_bias=True)
     rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
-    fields.expect(rope, rope_type="default", type="default")
+    usual = {"rope_theta": hf.get("rotary_emb_base", 10_000.0), "max_position_embeddings": 2048}
+    biased = hf.get("attention_bias", True)
     width, heads = hf.get("hidden_size", 6144), hf.get("num_attention_heads", 64)
     return Decoder(
         hf.get("vocab_size", 50_432),
@@ -33,12 +33,12 @@ def read(hf: Mapping[str, Any]) -> Decoder:
         parallel=hf.get("use_parallel_residual", True),
         gated=False,
         activation=fields.activation(hf, "hidden_act", "gelu"),
-        qkv_bias=True,
-        out_bias=True,
+        qkv_bias=biased,
+        out_bias=biased,
         mlp_bias=True,
-        rope_theta=float(rope.get("rope_theta", hf.get("rotary_emb_base", 10_000.0))),
         rope_share=float(rope.get("partial_rotary_factor", hf.get("rotary_pct", 0.25))),
         tied=hf.get("tie_word_embeddings", False),
+        **rotary.read(rope, usual | hf),
     )
 
 
@@ -55,11 +55,8 @@ def write(decoder: Decoder, model_type: str = "gpt_neox") -> dict[str, Any]:
         "layer_norm_eps": d.norm_eps,
         "use_parallel_residual": d.parallel,
         "hidden_act": fields.NAMES[d.activation],
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": d.rope_theta,
-            "partial_rotary_factor": d.rope_share,
-        },
+        "attention_bias": d.qkv_bias,
+        "rope_parameters": rotary.write(d) | {"partial_rotary_factor": d.rope_share},
         "tie_word_embeddings": d.tied,
     }
 
@@ -73,11 +70,11 @@ def rows(decoder: Decoder) -> list[Row]:
         *norm("norm", "gpt_neox.final_layer_norm"),
         *norm(block + "norm1", layer + "input_layernorm"),
         *norm(block + "norm2", layer + "post_attention_layernorm"),
-        *linear(block + "attention/out", layer + "attention.dense"),
+        *linear(block + "attention/out", layer + "attention.dense", decoder.out_bias),
         *linear(block + "mlp/up", layer + "mlp.dense_h_to_4h"),
         *linear(block + "mlp/down", layer + "mlp.dense_4h_to_h"),
     ]
     for i, name in enumerate(("query", "key", "value")):
         per_head = {"part": (i, 3), "heads": decoder.heads}
-        table += linear(f"{block}attention/{name}", fused, **per_head)
+        table += linear(f"{block}attention/{name}", fused, decoder.qkv_bias, **per_head)
     return table if decoder.tied else table + linear("output", "lm_head", bias=False)

@@ -4,8 +4,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from vlm_jax.errors import ConfigError
 from vlm_jax.presets.decoders import Decoder
-from vlm_jax.weights import fields
+from vlm_jax.weights import fields, rotary
 from vlm_jax.weights.tables import Row, linear, norm
 
 CARRIED = ()
@@ -16,6 +17,7 @@ _QWEN = {
     "intermediate_size": 22_016,
     "num_key_value_heads": 32,
     "sliding_window": 4096,
+    "max_position_embeddings": 32_768,
 }
 
 
@@ -28,7 +30,8 @@ class Traits:
       defaults: of config.json, where transformers' differ from Llama's.
       activation: the key of the activation.
       local: which layers look back a window where `layer_types` does not say: all ("all"), those
-        that `use_sliding_window` and `max_window_layers` name ("late"), or all but every n-th.
+        that `use_sliding_window` and `max_window_layers` name ("late"), or all but every n-th:
+        n, or the key that says it.
       biased: key that says whether all of attention has biases; "" = `fields` says it.
       mlp_biased: the same of the feed-forward part.
     """
@@ -44,7 +47,12 @@ class Traits:
 TRAITS = {
     "llama": Traits(biased="attention_bias", mlp_biased="mlp_bias"),
     "mistral": Traits(
-        defaults={"intermediate_size": 14_336, "num_key_value_heads": 8, "sliding_window": 4096},
+        defaults={
+            "intermediate_size": 14_336,
+            "num_key_value_heads": 8,
+            "sliding_window": 4096,
+            "max_position_embeddings": 131_072,
+        },
         local="all",
     ),
     "qwen2": Traits({"qkv_bias": True}, _QWEN, local="late"),
@@ -66,6 +74,7 @@ TRAITS = {
             "head_dim": 256,
             "tie_word_embeddings": True,
             "hidden_act": "gelu_pytorch_tanh",
+            "max_position_embeddings": 8192,
         },
         biased="attention_bias",
     ),
@@ -85,6 +94,7 @@ TRAITS = {
             "attn_logit_softcapping": 50.0,
             "final_logit_softcapping": 30.0,
             "sliding_window": 4096,
+            "max_position_embeddings": 8192,
         },
         activation="hidden_activation",
         local=2,
@@ -105,11 +115,13 @@ TRAITS = {
             "hidden_activation": "gelu_pytorch_tanh",
             "query_pre_attn_scalar": 256,
             "sliding_window": 4096,
+            "sliding_window_pattern": 6,
+            "max_position_embeddings": 131_072,
             "rope_theta": 1e6,
             "rope_local_base_freq": 10_000.0,
         },
         activation="hidden_activation",
-        local=6,
+        local="sliding_window_pattern",
         biased="attention_bias",
     ),
 }
@@ -120,6 +132,7 @@ _DEFAULTS = {
     "num_hidden_layers": 32,
     "num_attention_heads": 32,
     "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 2048,
     "rope_theta": 10_000.0,
     "tie_word_embeddings": False,
     "hidden_act": "silu",
@@ -134,10 +147,8 @@ def read(hf: Mapping[str, Any]) -> Decoder:
     """
     traits = TRAITS[hf["model_type"]]
     hf = _DEFAULTS | traits.defaults | {k: v for k, v in hf.items() if v is not None or k in _NULL}
-    fields.expect(hf, use_bidirectional_attention=False, pretraining_tp=1)
+    fields.expect(hf, use_bidirectional_attention=False)
     biased = bool(hf.get(traits.biased))
-    if not traits.biased:
-        fields.expect(hf, attention_bias=False)
     width, heads, depth = (
         hf["hidden_size"],
         hf["num_attention_heads"],
@@ -168,7 +179,7 @@ def read(hf: Mapping[str, Any]) -> Decoder:
             "window": hf["sliding_window"] if local else 0,
             "pattern": fields.period(kinds),
             "tied": hf["tie_word_embeddings"],
-            **_rope(hf, local),
+            **_rope(traits, hf, local),
         }
         | dict(traits.fields),
     )
@@ -191,50 +202,59 @@ def _activation(traits: Traits, hf: Mapping[str, Any]) -> str:
 
 
 def _kinds(traits: Traits, hf: Mapping[str, Any], depth: int) -> tuple[str, ...]:
-    """Of every layer, "local" or "global"."""
-    if not hf.get("sliding_window") or (
-        traits.local == "late" and not hf.get("use_sliding_window")
-    ):
+    """Of every layer, "local" or "global".
+
+    Raises:
+      ConfigError: layers look back a window that has no size, which transformers cannot run either.
+    """
+    window = hf.get("sliding_window")
+    if not traits.local or (traits.local == "all" and window is None):
         return ("global",) * depth
-    if hf.get("layer_types") and traits.local not in ("", "all"):
+    if traits.local == "late" and not hf.get("use_sliding_window"):
+        window = None
+    kinds = _pattern(traits, hf, depth, window)
+    if "local" in kinds and window is None:
+        raise ConfigError(
+            "config.json: layers are sliding_attention, but sliding_window is null or "
+            "use_sliding_window false; expected a window"
+        )
+    return kinds
+
+
+def _pattern(traits: Traits, hf: Mapping[str, Any], depth: int, window: int | None) -> tuple:
+    if traits.local == "all":
+        return ("local",) * depth
+    if hf.get("layer_types"):
+        unknown = set(hf["layer_types"]) - KINDS.keys()
+        if unknown or len(hf["layer_types"]) != depth:
+            raise ConfigError(
+                f"config.json: layer_types is {hf['layer_types']!r}; expected {depth} times "
+                f"{' or '.join(KINDS)}"
+            )
         return tuple(KINDS[kind] for kind in hf["layer_types"])
     if traits.local == "late":
-        late = hf.get("max_window_layers", 28)
+        late = depth if window is None else hf.get("max_window_layers", 28)
         return tuple("local" if i >= late else "global" for i in range(depth))
-    every = traits.local
-    if isinstance(every, int):
-        every = hf.get("sliding_window_pattern", every)
-        return tuple("local" if (i + 1) % every else "global" for i in range(depth))
-    return (("local" if every == "all" else "global"),) * depth
+    every = hf[traits.local] if isinstance(traits.local, str) else traits.local
+    return tuple("local" if (i + 1) % every else "global" for i in range(depth))
 
 
-def _rope(hf: Mapping[str, Any], local: bool) -> dict[str, Any]:
+def _rope(traits: Traits, hf: Mapping[str, Any], local: bool) -> dict[str, Any]:
     """Fields of the rotary frequencies, from either generation of config.json."""
     scaling, rope = dict(hf.get("rope_scaling") or {}), dict(hf.get("rope_parameters") or {})
     found = {}
-    if "full_attention" in rope:
+    if "rope_local_base_freq" in traits.defaults:  # a rope for each kind of layer
         local_rope = rope.get("sliding_attention") or {}
-        fields.expect(local_rope, rope_type="default")
-        found["local_theta"] = local_rope.get("rope_theta")
-        rope = dict(rope["full_attention"] or {}) | scaling
+        if local:
+            fields.expect(local_rope, rope_type="default")
+            found["local_theta"] = local_rope.get("rope_theta") or hf["rope_local_base_freq"]
+        rope = dict(rope.get("full_attention") or {}) | scaling
     else:
         rope = scaling or rope
-    if "rope_local_base_freq" in hf and not found.get("local_theta"):
-        found["local_theta"] = hf["rope_local_base_freq"]
-    if not local:
-        found.pop("local_theta", None)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    fields.expect({"rope_type": kind}, rope_type=("default", "linear", "llama3"))
+        original = hf.get("original_max_position_embeddings")
+        rope |= {"original_max_position_embeddings": original} if original else {}
     fields.expect(rope, partial_rotary_factor=1.0)
-    found["rope_theta"] = float(rope.get("rope_theta") or hf["rope_theta"])
-    if kind != "default":
-        found["rope_factor"] = float(rope["factor"])
-    if kind == "llama3":
-        longest = hf.get("max_position_embeddings", 2048)
-        found["rope_original"] = rope.get("original_max_position_embeddings") or longest
-        found["rope_low"] = float(rope["low_freq_factor"])
-        found["rope_high"] = float(rope["high_freq_factor"])
-    return found
+    return rotary.read(rope, hf) | found
 
 
 def write(decoder: Decoder, model_type: str) -> dict[str, Any]:
@@ -263,7 +283,7 @@ def write(decoder: Decoder, model_type: str) -> dict[str, Any]:
         hf["query_pre_attn_scalar"] = int(scale) if scale == int(scale) else scale
         hf["attn_logit_softcapping"] = d.attention_cap or None
         hf["final_logit_softcapping"] = d.logit_cap or None
-    if traits.local:
+    if d.window or traits.local in ("all", "late"):  # others want one even where no layer has it
         hf["sliding_window"] = d.window or None
     if traits.local and traits.local != "all":
         hf["layer_types"] = [{ours: theirs for theirs, ours in KINDS.items()}[k] for k in d.layers]
@@ -273,17 +293,7 @@ def write(decoder: Decoder, model_type: str) -> dict[str, Any]:
 
 
 def _written_rope(d: Decoder, traits: Traits) -> dict[str, Any]:
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": d.rope_theta}
-    if d.rope_factor != 1:
-        rope |= {"rope_type": "linear", "factor": d.rope_factor}
-    if d.rope_original:
-        rope |= {
-            "rope_type": "llama3",
-            "factor": d.rope_factor,
-            "original_max_position_embeddings": d.rope_original,
-            "low_freq_factor": d.rope_low,
-            "high_freq_factor": d.rope_high,
-        }
+    rope = rotary.write(d)
     if "rope_local_base_freq" not in traits.defaults:
         return rope
     local = {"rope_type": "default", "rope_theta": d.local_theta or d.rope_theta}

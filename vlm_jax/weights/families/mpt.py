@@ -22,7 +22,6 @@ def read(hf: Mapping[str, Any]) -> Decoder:
         embedding_fraction=1.0,
         expansion_ratio=4,
         norm_type="low_precision_layernorm",
-        tie_word_embeddings=True,
     )
     attention = hf.get("attn_config") or {}
     fields.expect(
@@ -49,7 +48,7 @@ def read(hf: Mapping[str, Any]) -> Decoder:
         gated=False,
         activation="gelu",
         position="alibi",
-        tied=True,
+        tied=hf.get("tie_word_embeddings", True),
     )
 
 
@@ -62,7 +61,7 @@ def write(decoder: Decoder, model_type: str = "mpt") -> dict[str, Any]:
         "n_layers": decoder.depth,
         "n_heads": decoder.heads,
         "layer_norm_epsilon": decoder.norm_eps,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": decoder.tied,
     }
 
 
@@ -70,7 +69,7 @@ def rows(decoder: Decoder) -> list[Row]:
     """Where our leaves are in MptForCausalLM; queries, keys and values lie in one matrix."""
     block, layer = "stack/blocks/", "transformer.blocks.{}."
     fused = layer + "attn.Wqkv.weight"
-    return [
+    table = [
         Row("embedding", "transformer.wte.weight"),
         *norm("norm", "transformer.norm_f", bias=False),
         *norm(block + "norm1", layer + "norm_1", bias=False),
@@ -83,3 +82,4 @@ def rows(decoder: Decoder) -> list[Row]:
         *linear(block + "mlp/up", layer + "ffn.up_proj", bias=False),
         *linear(block + "mlp/down", layer + "ffn.down_proj", bias=False),
     ]
+    return table if decoder.tied else table + linear("output", "lm_head", bias=False)
