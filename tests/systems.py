@@ -62,7 +62,7 @@ def golden() -> dict[str, Any]:
 def _stated(value: Any, defaults: dict[str, dict[str, Any]]) -> Any:
     """Plain data without the fields that have their default; notes the defaults by class."""
     if dataclasses.is_dataclass(value):
-        known = {f.name: f.default for f in dataclasses.fields(value)}
+        known = {f.name: _default(f) for f in dataclasses.fields(value)}
         defaults.setdefault(
             type(value).__name__,
             {k: _plain(d) for k, d in known.items() if d is not dataclasses.MISSING},
@@ -72,6 +72,11 @@ def _stated(value: Any, defaults: dict[str, dict[str, Any]]) -> Any:
     if isinstance(value, dict):
         return {k: _stated(v, defaults) for k, v in value.items()}
     return [_stated(v, defaults) for v in value] if isinstance(value, tuple) else value
+
+
+def _default(field: dataclasses.Field) -> Any:
+    made = field.default_factory is not dataclasses.MISSING
+    return field.default_factory() if made else field.default
 
 
 def _plain(value: Any) -> Any:
