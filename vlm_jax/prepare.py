@@ -2,9 +2,9 @@
 
 python -m vlm_jax.prepare validate PATH --format=messages [--images=DIR] [--decode]
 
-`validate` names what is wrong with a corpus of one's own, line by line and by the reasons that a
-run would count: 0 where nothing is, 65 otherwise. `vlm_jax/data/formats.py` says how each format is
-written.
+`validate` names what is wrong with a corpus of one's own, record by record and by the reasons that
+a run would count: 0 where nothing is, 65 otherwise. `vlm_jax/data/formats.py` says how each format
+is written.
 """
 
 import collections
@@ -42,14 +42,14 @@ def validate(path: str) -> None:
 
     corpus = Corpus(_FORMAT.value, {"all": path}, _IMAGES.value)
     source = formats.CorpusSource("corpus", corpus, "all")
-    counts, lines = collections.Counter(), set()
+    counts, places = collections.Counter(), set()
     for problem in validation.problems(source, _DECODE.value):
-        print(f"{path}:{problem.line}: {problem.reason}: {problem.detail}")
+        print(f"{problem.where}: {problem.reason}: {problem.detail}")
         counts[problem.reason] += 1
-        lines.add(problem.line)
+        places.add(problem.where)
     if counts:
         listed = ", ".join(f"{reason} {count}" for reason, count in counts.most_common())
-        raise DataError(f"{len(lines)} of {len(source)} records have problems: {listed}")
+        raise DataError(f"{len(places)} of {len(source)} records have problems: {listed}")
     print(f"{path}: {len(source)} records, nothing wrong")
 
 

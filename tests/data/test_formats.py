@@ -141,7 +141,7 @@ BAD = {
 def test_validate_names_line_and_reason(folder, name):
     path = written(folder, GOOD, "", BAD[name], changed(id="8"))
     (problem,) = validation.problems(opened(path))
-    assert (problem.line, problem.reason) == (3, name.split()[0])
+    assert (problem.where, problem.reason) == (f"{path}:3", name.split()[0])
 
 
 def test_validate_finds_ids_that_stand_twice_and_damage_behind_headers(folder):
@@ -149,7 +149,8 @@ def test_validate_finds_ids_that_stand_twice_and_damage_behind_headers(folder):
     whole = (folder / "whole.jpg").read_bytes()
     (folder / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     path = written(folder, GOOD, GOOD, changed(id="8", images=["a.png", "cut.jpg"]))
-    assert [p[:2] for p in validation.problems(opened(path))] == [(2, "duplicate_id")]
+    (twice,) = validation.problems(opened(path))
+    assert twice[:2] == (f"{path}:2", "duplicate_id") and f"at {path}:1 as well" in twice.detail
     found = list(validation.problems(opened(path), decode=True))
     assert [p.reason for p in found] == ["duplicate_id", "truncated"]
     assert "image 2" in found[1].detail and "cut.jpg" in found[1].detail
@@ -179,7 +180,7 @@ def test_an_array_is_cut_where_its_elements_end(tmp_path, monkeypatch, chunk, se
     found = records.JsonRecords(path)
     assert [found[i] for i in range(len(found))] == rows
     lines = [text[: text.index(json.dumps(r, ensure_ascii=False))].count("\n") + 1 for r in rows]
-    assert [found.line(i) for i in range(4)] == lines
+    assert [found.where(i) for i in range(4)] == [f"{path}:{line}" for line in lines]
 
 
 @pytest.mark.parametrize("chunk", [3, records._CHUNK])
@@ -190,7 +191,7 @@ def test_lines_are_records_and_blank_ones_are_not(tmp_path, monkeypatch, chunk, 
     path.write_bytes(b'{"a": 1}\r\n\n  \n{"b": 2}' + end.encode())
     found = records.JsonRecords(path)
     assert [found[i] for i in range(len(found))] == [{"a": 1}, {"b": 2}]
-    assert [found.line(i) for i in range(2)] == [1, 4]
+    assert [found.where(i) for i in range(2)] == [f"{path}:1", f"{path}:4"]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@
 `content` may also be a list of {"type": "text", "text": ...} and {"type": "image"}; both forms name
 images in the order in which they stand. `llava` is what LLaVA, ShareGPT4V and most that came after
 are published in: `conversations` of `from` and `value`, and `image`, a path or several.
+`webdataset` is what img2dataset makes of CC3M, CC12M or LAION: shards of images and captions.
 """
 
 import dataclasses
@@ -22,12 +23,14 @@ from typing import Any
 import numpy as np
 
 from vlm_jax.config import Corpus
+from vlm_jax.data import tars
 from vlm_jax.data.example import BadExample, Example, ImageRef, Part, Turn
 from vlm_jax.data.records import JsonRecords
 from vlm_jax.errors import ConfigError
 from vlm_jax.schema import unknown_key
 
 Record = Mapping[str, Any]
+Parsed = tuple[str, Sequence[str | bytes], tuple[Turn, ...]]
 
 PLACEHOLDER = "<image>"
 ROLES = {
@@ -45,14 +48,14 @@ class Format:
 
     Attributes:
       open: the records of a path.
-      parse: a record's key, paths of its images and turns.
+      parse: a record's key, its images and its turns.
     """
 
     open: Callable[[Path], Any]
-    parse: Callable[[Record], tuple[str, Sequence[str], tuple[Turn, ...]]]
+    parse: Callable[[Any], Parsed]
 
 
-def messages(record: Record) -> tuple[str, Sequence[str], tuple[Turn, ...]]:
+def messages(record: Record) -> Parsed:
     """A conversation as chat APIs have it."""
     turns = [
         _turn(said, "role", "content", f"messages[{i}]")
@@ -61,7 +64,7 @@ def messages(record: Record) -> tuple[str, Sequence[str], tuple[Turn, ...]]:
     return _key(record), _paths(record, "images"), tuple(turns)
 
 
-def llava(record: Record) -> tuple[str, Sequence[str], tuple[Turn, ...]]:
+def llava(record: Record) -> Parsed:
     """A conversation as LLaVA's authors write it."""
     turns = [
         _turn(said, "from", "value", f"conversations[{i}]")
@@ -71,9 +74,16 @@ def llava(record: Record) -> tuple[str, Sequence[str], tuple[Turn, ...]]:
     return _key(record), _paths(record, name), tuple(turns)
 
 
+def captioned(sample: tars.Sample) -> Parsed:
+    """A picture and its caption."""
+    turns = Turn("user", (ImageRef(-1),)), Turn("assistant", (sample.caption,))
+    return "", (sample.image,), turns
+
+
 FORMATS = {
     "messages": Format(JsonRecords, messages),
     "llava": Format(JsonRecords, llava),
+    "webdataset": Format(tars.TarRecords, captioned),
 }
 
 
@@ -118,8 +128,8 @@ class CorpusSource:
         Raises:
           BadExample: the record makes none.
         """
-        key, paths, turns = self.format.parse(self.records[index])
-        images = tuple(_inside(self.folder, path) for path in paths)
+        key, images, turns = self.format.parse(self.records[index])
+        images = tuple(i if isinstance(i, bytes) else _inside(self.folder, i) for i in images)
         turns = _numbered(turns, len(images))
         _check(turns)
         whole = f"{self.name}/{self.split}/{index}" + (f"-{key}" if key else "")

@@ -52,9 +52,9 @@ class JsonRecords:
             raise BadExample("record_too_large", f"{end - start} bytes; expected <= {MAX_RECORD}")
         return parse(os.pread(self._file.fileno(), end - start, start))
 
-    def line(self, index: int) -> int:
-        """The line, from 1, on which record `index` begins."""
-        return int(np.searchsorted(self._newlines, self.spans[index, 0])) + 1
+    def where(self, index: int) -> str:
+        """The file, and its line on which record `index` begins."""
+        return f"{self.path}:{int(np.searchsorted(self._newlines, self.spans[index, 0])) + 1}"
 
     @functools.cached_property
     def _newlines(self) -> Int[np.ndarray, " lines"]:

@@ -14,12 +14,12 @@ class Problem(NamedTuple):
     """Something wrong.
 
     Attributes:
-      line: of the file, from 1, on which the record begins.
+      where: the file and the record's place in it.
       reason: as runs count it.
       detail: what was given and what was expected.
     """
 
-    line: int
+    where: str
     reason: str
     detail: str
 
@@ -31,19 +31,19 @@ def problems(source: CorpusSource, decode: bool = False) -> Iterator[Problem]:
       source: the corpus.
       decode: also decode every image, which finds the damage behind headers.
     """
-    seen: dict[str, int] = {}
+    seen: dict[str, str] = {}
     rng = np.random.default_rng(0)
     for index in range(len(source)):
-        line = source.records.line(index)
+        where = source.records.where(index)
         try:
             example = source.example(index, rng)
         except BadExample as bad:
-            yield Problem(line, bad.reason, bad.detail)
+            yield Problem(where, bad.reason, bad.detail)
             continue
         key = example.meta.get("id")
-        if key and seen.setdefault(key, line) != line:
-            yield Problem(line, "duplicate_id", f"id {key!r} stands on line {seen[key]} as well")
-        yield from (Problem(line, *found) for found in _of_images(example, decode))
+        if key and seen.setdefault(key, where) != where:
+            yield Problem(where, "duplicate_id", f"id {key!r} stands at {seen[key]} as well")
+        yield from (Problem(where, *found) for found in _of_images(example, decode))
 
 
 def _of_images(example: Example, decode: bool) -> Iterator[tuple[str, str]]:
@@ -51,4 +51,5 @@ def _of_images(example: Example, decode: bool) -> Iterator[tuple[str, str]]:
         try:
             images.decode(path) if decode else images.check(path)
         except images.BadImage as bad:
-            yield bad.reason, f"image {i + 1}, {path}: {bad}"
+            name = "" if isinstance(path, bytes) else f", {path}"
+            yield bad.reason, f"image {i + 1}{name}: {bad}"

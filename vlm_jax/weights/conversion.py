@@ -16,7 +16,7 @@ import numpy as np
 from vlm_jax import config as configs
 from vlm_jax.errors import ConfigError, DataError
 from vlm_jax.models import params
-from vlm_jax.weights import files, gguf, gguf_tokenizer, npz, processors, registry, store
+from vlm_jax.weights import files, gguf, gguf_tokenizer, npz, processors, registry, store, towers
 from vlm_jax.weights.families import big_vision, efficientnet_lite
 from vlm_jax.weights.registry import Family, family
 from vlm_jax.weights.tables import (
@@ -376,7 +376,10 @@ def _config(stored: store.Stored, known: Family) -> dict[str, Any]:
         same = known.write(known.read(stored.published)) == written
     except (ConfigError, KeyError, AttributeError, TypeError, ValueError, ZeroDivisionError):
         same = False  # it is of another family, or there is none
-    return _merged(written, stored.published) if same else _merged(stored.published, written)
+    found = _merged(written, stored.published) if same else _merged(stored.published, written)
+    # What a family cannot say, such as a cap on a system's logits, must not get lost on the way.
+    towers.refuse_unlike(stored.model, known.read(found), found["model_type"])
+    return found
 
 
 def _merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:

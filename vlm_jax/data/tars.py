@@ -1,0 +1,144 @@
+"""Samples of WebDataset shards by number: where each one's image and text lie is kept in memory.
+
+Members that belong together share a name up to its first dot, as in the output of img2dataset:
+`000013.jpg`, `000013.txt`, `000013.json`. Only regular files with the endings below are ever read,
+by position: nothing is extracted, and nothing of a pickle is looked at.
+"""
+
+import glob
+import os
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from vlm_jax.data.example import BadExample
+from vlm_jax.data.records import MAX_RECORD, parse
+from vlm_jax.errors import DataError
+
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+TEXTS = (".txt", ".json")  # the first one there is says the caption
+MAX_IMAGE = 256 * 2**20  # bytes
+
+
+class Sample(NamedTuple):
+    """What a sample says.
+
+    Attributes:
+      image: encoded bytes.
+      caption: its text.
+    """
+
+    image: bytes
+    caption: str
+
+
+class _Place(NamedTuple):
+    """Where a sample lies: -1 for what it lacks."""
+
+    shard: int
+    image: int
+    image_size: int
+    text: int
+    text_size: int
+    is_json: int
+
+
+class TarRecords:
+    """The samples of all shards that a pattern names, in the order of the shards' names.
+
+    Args:
+      path: of one shard, or with `*`, `?` and `[]` of several.
+
+    Raises:
+      DataError: no such file, or a shard that is no whole tar.
+    """
+
+    def __init__(self, path: Path):
+        self.paths = sorted(glob.glob(os.fspath(path)))
+        if not self.paths:
+            raise DataError(f"{path} cannot be read: no such file; expected shards, as a/b-*.tar")
+        places = [place for i, shard in enumerate(self.paths) for place in _index(i, shard)]
+        if not places:
+            raise DataError(f"{path} holds no sample; expected members such as 000013.jpg")
+        self.spans: Int[np.ndarray, "n 6"] = np.array(places, np.int64)
+        self._files = [open(shard, "rb") for shard in self.paths]  # noqa: SIM115
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Sample `index`.
+
+        Raises:
+          BadExample: it lacks an image or a caption, or they are too large or unreadable.
+        """
+        place = _Place(*self.spans[index].tolist())
+        if place.image < 0:
+            raise BadExample("no_image", f"expected a member that ends in {', '.join(IMAGES)}")
+        if place.text < 0:
+            raise BadExample("no_caption", f"expected a member that ends in {' or '.join(TEXTS)}")
+        if place.image_size > MAX_IMAGE or place.text_size > MAX_RECORD:
+            sizes = f"{place.image_size} bytes of image and {place.text_size} of text"
+            raise BadExample("record_too_large", sizes)
+        file = self._files[place.shard].fileno()
+        text = os.pread(file, place.text_size, place.text)
+        return Sample(os.pread(file, place.image_size, place.image), _caption(text, place.is_json))
+
+    def where(self, index: int) -> str:
+        """The shard of sample `index`, and how many-eth it is there."""
+        shard = self.spans[index, 0]
+        return (
+            f"{self.paths[shard]}, sample {index - int(np.searchsorted(self.spans[:, 0], shard))}"
+        )
+
+
+def _index(number: int, path: str) -> Iterator[_Place]:
+    """Where the samples of a shard lie, in the order of their first members."""
+    found: dict[str, dict[str, tarfile.TarInfo]] = {}
+    size = os.path.getsize(path)
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                tar.members.clear()  # or it keeps them all
+                folder, _, name = member.name.rpartition("/")
+                stem, dot, ending = name.partition(".")
+                if not member.isreg() or not dot or not stem:
+                    continue
+                if member.offset_data + member.size > size:
+                    raise tarfile.ReadError(f"{member.name} ends behind the file")
+                ending = "." + ending.lower()
+                # The first of a name counts, as in WebDataset's own reader.
+                found.setdefault(f"{folder}/{stem}", {}).setdefault(ending, member)
+            # tarfile takes a damaged header for the end, and would lose what comes behind it.
+            tar.fileobj.seek(tar.offset)
+            end = tar.fileobj.read(tarfile.BLOCKSIZE)
+            if end.strip(b"\0") or len(end) < tarfile.BLOCKSIZE:
+                raise tarfile.ReadError(f"no header and no end at byte {tar.offset}")
+    except (tarfile.TarError, OSError, ValueError) as error:
+        raise DataError(f"{path} is no whole tar: {error}") from error
+    for members in found.values():
+        image = next((members[e] for e in IMAGES if e in members), None)
+        text = next((e for e in TEXTS if e in members), None)
+        if image is None and text is None:
+            continue
+        yield _Place(number, *_span(image), *_span(members.get(text)), int(text == ".json"))
+
+
+def _span(member: tarfile.TarInfo | None) -> tuple[int, int]:
+    return (-1, 0) if member is None else (member.offset_data, member.size)
+
+
+def _caption(text: bytes, is_json: int) -> str:
+    if not is_json:
+        try:
+            return text.decode("utf-8")
+        except UnicodeError as error:
+            raise BadExample("not_utf8", str(error)) from error
+    caption = parse(text).get("caption")
+    if not isinstance(caption, str):
+        raise BadExample("no_caption", f"caption of its .json is {caption!r}; expected text")
+    return caption
