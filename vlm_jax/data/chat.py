@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from vlm_jax.data.example import ImageRef, Turn
+from vlm_jax.data.example import ImageRef, Part, Turn
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.errors import ConfigError, DataError
 from vlm_jax.schema import unknown_key
@@ -26,37 +26,112 @@ class Template:
 
     Attributes:
       bos: whether a document starts with the beginning-of-sequence token.
-      system: text before the first turn.
+      bos_again: whether it stands before every later user turn too.
+      start: text before everything but that token, whether there is a system text or not.
+      system: text before and after the system text; None = there is no place for one.
+      system_text: the system text of a sample that brings none; "" = none, and nothing around it.
+      system_in_user: whether it stands in the first user turn, before what the user says.
       user: text before and after what the user says.
+      user_lead: text between the first of these and what the user says, unless that starts with an
+        image.
       assistant: text before the answer, given and not learned; generation starts after it.
       answer: text before and after the answer, learned with it.
+      apart: whether an answer is encoded on its own, not as one text with what stands before it.
       eos: whether the end-of-sequence token, learned, follows every answer.
       after: text behind the end of every answer, given and not learned.
+      last_eos: whether the end-of-sequence token, learned, ends the document.
       image: text before and after every image.
-      images_first: whether the images of a turn move to its start, and its text is stripped then.
+      image_shared: whether of two neighbouring images only the first has text before it.
+      images: where the images of a turn stand: "inline" = where it says, "turn" = at its start, its
+        text stripped then, "document" = at the start of the document, "front" = even before the
+        beginning-of-sequence token.
+      strip: whether white space around what a role says is dropped.
       user_text: whether what the user writes is kept; if not, only its images are.
       specials: strings of this template that are single tokens of the tokenizer.
     """
 
     bos: bool = True
-    system: str = ""
+    bos_again: bool = False
+    start: str = ""
+    system: tuple[str, str] | None = None
+    system_text: str = ""
+    system_in_user: bool = False
     user: tuple[str, str] = ("", "")
+    user_lead: str = ""
     assistant: str = ""
     answer: tuple[str, str] = ("", "")
+    apart: bool = False
     eos: bool = True
     after: str = ""
+    last_eos: bool = False
     image: tuple[str, str] = ("", "")
-    images_first: bool = False
+    image_shared: bool = False
+    images: str = "inline"
+    strip: bool = False
     user_text: bool = True
     specials: tuple[str, ...] = ()
 
 
+VICUNA_V0 = Template(
+    system=("", "###"),
+    system_text=(
+        "A chat between a curious human and an artificial intelligence assistant. The assistant "
+        "gives helpful, detailed, and polite answers to the human's questions."
+    ),
+    user=("Human: ", "###"),
+    assistant="Assistant:",
+    answer=(" ", "###"),
+    eos=False,
+    image=("", "\n"),
+    images="turn",
+)
+
+LLAMA_2 = Template(
+    bos_again=True,
+    system=("<<SYS>>\n", "\n<</SYS>>\n\n"),
+    system_in_user=True,
+    user=("[INST] ", " [/INST]"),
+    answer=(" ", " "),
+    strip=True,
+)
+
 CHATML = Template(
     bos=False,
+    system=("<|im_start|>system\n", "<|im_end|>\n"),
     user=("<|im_start|>user\n", "<|im_end|>\n"),
     assistant="<|im_start|>assistant\n",
     after="\n",
     specials=("<|im_start|>", "<|im_end|>"),
+)
+
+MINIGPT_4 = Template(
+    bos_again=True,
+    user=("###Human: ", " ###Assistant: "),
+    answer=("", "###"),
+    apart=True,
+    eos=False,
+    image=("<Img>", "</Img> "),
+    images="turn",
+)
+
+IDEFICS_2 = Template(
+    system=("System: ", "<end_of_utterance>\n"),
+    user=("User:", "<end_of_utterance>\n"),
+    user_lead=" ",
+    assistant="Assistant:",
+    answer=(" ", "<end_of_utterance>"),
+    eos=False,
+    after="\n",
+    image=("<fake_token_around_image>", "<fake_token_around_image>"),
+    image_shared=True,
+    specials=("<end_of_utterance>", "<fake_token_around_image>"),
+)
+
+IDEFICS_3 = dataclasses.replace(
+    IDEFICS_2,
+    image=("<fake_token_around_image><global-img>", "<fake_token_around_image>"),
+    image_shared=False,
+    specials=(*IDEFICS_2.specials, "<global-img>"),
 )
 
 TEMPLATES = {
@@ -66,27 +141,131 @@ TEMPLATES = {
     ),
     # LLaVA's first stage (train.py, preprocess_plain): image, caption, end of line; no prompt.
     "plain": Template(answer=("", "\n"), eos=False, user_text=False),
+    # Vicuna v0 as it is prompted (LLaVA's conversation.py, conv_vicuna_v0, SeparatorStyle.SINGLE).
+    "vicuna_v0": VICUNA_V0,
+    # LLaVA-1.0 as it was trained (train.py, _add_speaker_and_signal, _mask_targets), which is not
+    # how it is prompted. The "###" after an answer is learned there too, as it must be for the end
+    # to be known; so is "### Assistant: ", whose mask drifts by a token a turn: that is left out.
+    "llava_v0": dataclasses.replace(
+        VICUNA_V0,
+        system=("", "\n\n### "),
+        user=("Human: ", "\n### "),
+        answer=(" ", "\n###"),
+        after=" ",
+    ),
     # LLaVA-1.5 (conversation.py, conv_vicuna_v1; train.py, preprocess_multimodal, preprocess_v1).
     "vicuna_v1": Template(
-        system=(
+        system=("", " "),
+        system_text=(
             "A chat between a curious user and an artificial intelligence assistant. The assistant "
-            "gives helpful, detailed, and polite answers to the user's questions. "
+            "gives helpful, detailed, and polite answers to the user's questions."
         ),
         user=("USER: ", " "),
         assistant="ASSISTANT:",
         answer=(" ", ""),
         image=("", "\n"),
-        images_first=True,
+        images="turn",
     ),
+    # The chat_template of Llama-2-chat; the mask of LLaVA's preprocess_llama_2 (train.py).
+    "llama_2": LLAMA_2,
+    # LLaVA over Llama-2-chat (conversation.py, conv_llava_llama_2).
+    "llava_llama_2": dataclasses.replace(
+        LLAMA_2,
+        system_text=(
+            "You are a helpful language and vision assistant. You are able to understand the "
+            "visual content that the user provides, and assist the user with a variety of tasks "
+            "using natural language."
+        ),
+        image=("", "\n"),
+        images="turn",
+        strip=False,
+    ),
+    # The chat_template of Meta-Llama-3-Instruct.
+    "llama_3": Template(
+        system=("<|start_header_id|>system<|end_header_id|>\n\n", "<|eot_id|>"),
+        user=("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"),
+        assistant="<|start_header_id|>assistant<|end_header_id|>\n\n",
+        answer=("", "<|eot_id|>"),
+        eos=False,
+        strip=True,
+        specials=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    ),
+    # The chat_template of Mistral-7B-Instruct-v0.2 and Mixtral as they came out; it knows no system
+    # text. Apart, the answer starts with a word, as mistral-common encodes it.
+    "mistral": Template(user=("[INST] ", " [/INST]"), apart=True),
     # ChatML, for tokenizers whose end of sequence is <|im_end|>; Qwen2.5's without its system text.
     "chatml": CHATML,
     # The chat_template of SmolLM2-Instruct's tokenizer_config.json, and its system text.
     "smollm2": dataclasses.replace(
         CHATML,
-        system=(
-            "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging "
-            "Face<|im_end|>\n"
+        system_text="You are a helpful AI assistant named SmolLM, trained by Hugging Face",
+    ),
+    # The chat_template of gemma-it and gemma-2-it, which know no system text.
+    "gemma": Template(
+        user=("<start_of_turn>user\n", "<end_of_turn>\n"),
+        assistant="<start_of_turn>model\n",
+        answer=("", "<end_of_turn>"),
+        eos=False,
+        after="\n",
+        strip=True,
+        specials=("<start_of_turn>", "<end_of_turn>"),
+    ),
+    # MiniGPT-4's second stage (train_configs/minigpt4_stage2_finetune.yaml; minigpt_base.py,
+    # preparing_embedding, tokenize_conversation; prompts/alignment.txt).
+    "minigpt4": MINIGPT_4,
+    # MiniGPT-v2 (minigpt_v2.py; minigpt_base.py). Its data sets end every question with a space of
+    # their own (datasets/llava_dataset.py), its evaluation does not.
+    "minigpt_v2": dataclasses.replace(
+        MINIGPT_4, user=("[INST] ", "  [/INST]"), answer=("", ""), eos=True
+    ),
+    # mPLUG-Owl (README.md, instruction tuning; data_utils/xgpt3_dataset.py, which encodes the text
+    # in smaller pieces: "AI: " and the question before it apart).
+    "mplug_owl": Template(
+        system=("", ""),
+        system_text=(
+            "The following is a conversation between a curious human and AI assistant. The "
+            "assistant gives helpful, detailed, and polite answers to the user's questions."
         ),
+        user=("\nHuman: ", "\n"),
+        assistant="AI: ",
+        apart=True,
+        image=("", "\nHuman: "),
+        images="turn",
+    ),
+    # The chat_template of idefics2-8b, its images as processing_idefics2.py of transformers spells
+    # those that are not split; that only answers are learned is the paper's word (section 4.2).
+    "idefics2": IDEFICS_2,
+    # Idefics3-8B-Llama3's, likewise.
+    "idefics3": IDEFICS_3,
+    # SmolVLM-Instruct's: Idefics3's, started by a token of ChatML (processing_smolvlm.py).
+    "smolvlm": dataclasses.replace(
+        IDEFICS_3,
+        bos=False,
+        start="<|im_start|>",
+        specials=(*IDEFICS_3.specials, "<|im_start|>"),
+    ),
+    # PaliGemma: images, <bos>, prefix, end of line, suffix (processing_paligemma.py); that images
+    # and prefix see each other is `data.attention`.
+    "paligemma": Template(user=("", "\n"), apart=True, images="front"),
+    # Prismatic over base models (base_prompter.py, PurePromptBuilder; datasets.py): images behind
+    # the beginning of sequence. The space is the answer's, as the prompt is stripped of it there.
+    "in_out": Template(
+        user=("In: ", "\n"),
+        assistant="Out:",
+        answer=(" ", ""),
+        images="document",
+        strip=True,
+    ),
+    # OpenFlamingo (train/data.py; train_utils.py): the end of a chunk is learned, as is that of the
+    # sequence behind a caption. Its tokenizers put no beginning of sequence.
+    "flamingo": Template(
+        bos=False,
+        answer=("", "<|endofchunk|>"),
+        apart=True,
+        eos=False,
+        last_eos=True,
+        strip=True,
+        specials=("<|endofchunk|>",),
     ),
 }
 
@@ -127,6 +306,7 @@ class Rendered:
 class _Piece(NamedTuple):
     value: str | int | ImageRef  # text, a token id, or an image
     learned: bool = False
+    apart: bool = False  # from the text before it
 
 
 def render(
@@ -147,7 +327,8 @@ def render(
 
     Raises:
       ConfigError: the tokenizer lacks a special token of the template.
-      DataError: a role is neither "user" nor "assistant".
+      DataError: a role is neither "user" nor "assistant", nor "system" as the first of a template
+        that has a place for it.
     """
     tokens: list[int] = []
     weights: list[float] = []
@@ -165,59 +346,144 @@ def render(
     return Rendered(np.array(tokens, np.int32), np.array(weights, np.float32), tuple(spans))
 
 
+def end_tokens(template: Template, tokenizer: Tokenizer) -> list[int]:
+    """The ids after which an answer is complete."""
+    if template.eos:
+        return [tokenizer.eos]
+    # Behind a letter, because "###" is another token at the start of a text (LLaMA's tokenizer).
+    *_, end = _joined(_literal(template, tokenizer, "x" + template.answer[1]))
+    if not isinstance(end, _Text):
+        return [end.value]
+    return tokenizer.encode(end.text)[len(tokenizer.encode("x")) :]
+
+
 def end_token(template: Template, tokenizer: Tokenizer) -> int:
-    """The id after which an answer is complete."""
-    return tokenizer.eos if template.eos else tokenizer.encode(template.answer[1])[-1]
+    """The id at which generation stops: the last of `end_tokens`."""
+    return end_tokens(template, tokenizer)[-1]
 
 
 def _pieces(
     template: Template, tokenizer: Tokenizer, turns: Sequence[Turn], reply: bool
 ) -> Iterator[_Piece]:
     """The conversation from left to right."""
+    moved = [part for turn in turns for part in turn.parts if isinstance(part, ImageRef)]
+    system, turns = _system(template, tokenizer, turns)
+    if template.images == "front":
+        yield from _framed(template, tokenizer, moved)
     if template.bos:
         yield _Piece(tokenizer.bos)
-    yield from _literal(template, tokenizer, template.system)
+    if template.images == "document":
+        yield from _framed(template, tokenizer, moved)
+    yield from _literal(template, tokenizer, template.start)
+    if not template.system_in_user:
+        yield from system
+    first = True
     for turn in turns:
         if turn.role == "user":
+            if template.bos_again and not first:
+                yield _Piece(tokenizer.bos)
             yield from _literal(template, tokenizer, template.user[0])
-            yield from _said(template, turn, learned=False)
-            yield from _literal(template, tokenizer, template.user[1])
+            if template.system_in_user and first:
+                yield from system
+            yield from _asked(template, tokenizer, turn)
+            first = False
         elif turn.role == "assistant":
-            yield from _literal(template, tokenizer, template.assistant)
-            yield _Piece(template.answer[0], learned=True)
-            yield from _said(template, turn, learned=True)
-            yield _Piece(template.answer[1], learned=True)
-            if template.eos:
-                yield _Piece(tokenizer.eos, learned=True)
-            yield from _literal(template, tokenizer, template.after)
+            yield from _answered(template, tokenizer, turn)
         else:
-            raise DataError(f"a turn has role {turn.role!r}; expected 'user' or 'assistant'")
+            raise DataError(
+                f"a turn has role {turn.role!r}; expected 'user' or 'assistant', or as the first "
+                "'system', where the chat template has a place for it"
+            )
     if reply:
         yield from _literal(template, tokenizer, template.assistant)
+    elif template.last_eos:
+        yield _Piece(tokenizer.eos, learned=True)
 
 
-def _literal(template: Template, tokenizer: Tokenizer, text: str) -> Iterator[_Piece]:
+def _system(
+    template: Template, tokenizer: Tokenizer, turns: Sequence[Turn]
+) -> tuple[list[_Piece], Sequence[Turn]]:
+    """The system text in its frame, the sample's own or the template's, and the other turns."""
+    if template.system is None:
+        return [], turns
+    turn = Turn("system", (template.system_text,))
+    if turns and turns[0].role == "system":
+        turn, *turns = turns
+    said = [piece for piece in _said(template, tokenizer, turn) if piece.value]
+    before, after = (list(_literal(template, tokenizer, text)) for text in template.system)
+    return before + said + after if said else [], turns
+
+
+def _asked(template: Template, tokenizer: Tokenizer, turn: Turn) -> Iterator[_Piece]:
+    if not isinstance(next(iter(turn.parts), ""), ImageRef):
+        yield from _literal(template, tokenizer, template.user_lead)
+    yield from _said(template, tokenizer, turn)
+    yield from _literal(template, tokenizer, template.user[1])
+
+
+def _answered(template: Template, tokenizer: Tokenizer, turn: Turn) -> Iterator[_Piece]:
+    yield from _literal(template, tokenizer, template.assistant)
+    yield _Piece(template.answer[0], learned=True, apart=template.apart)
+    yield from _said(template, tokenizer, turn, learned=True)
+    yield from _literal(template, tokenizer, template.answer[1], learned=True)
+    if template.eos:
+        yield _Piece(tokenizer.eos, learned=True)
+    yield from _literal(template, tokenizer, template.after)
+
+
+def _literal(
+    template: Template, tokenizer: Tokenizer, text: str, learned: bool = False
+) -> Iterator[_Piece]:
     """The template's own text, in which its special tokens are tokens."""
     if not template.specials:
-        yield _Piece(text)
+        yield _Piece(text, learned)
         return
     for part in re.split("(" + "|".join(map(re.escape, template.specials)) + ")", text):
-        yield _Piece(tokenizer.special(part) if part in template.specials else part)
+        yield _Piece(tokenizer.special(part) if part in template.specials else part, learned)
 
 
-def _said(template: Template, turn: Turn, learned: bool) -> Iterator[_Piece]:
+def _said(
+    template: Template, tokenizer: Tokenizer, turn: Turn, learned: bool = False
+) -> Iterator[_Piece]:
     """What a role says, images in their frames."""
     parts = list(turn.parts)
-    if template.images_first and any(isinstance(part, ImageRef) for part in parts):
-        text = "".join(part for part in parts if isinstance(part, str)).strip()
-        parts = [part for part in parts if isinstance(part, ImageRef)] + [text]
+    pictures = [part for part in parts if isinstance(part, ImageRef)]
+    text = "".join(part for part in parts if isinstance(part, str))
+    if template.images == "turn" and pictures:
+        parts = [*pictures, text.strip()]
+    elif template.images in ("document", "front"):
+        parts = [text]
+    if template.strip:
+        parts = _stripped(parts)
+    if not (learned or template.user_text):
+        parts = pictures
+    yield from _framed(template, tokenizer, parts, learned)
+
+
+def _stripped(parts: Sequence[Part]) -> list[Part]:
+    """Parts without white space around the whole of them."""
+    parts = list(parts)
+    if parts and isinstance(parts[0], str):
+        parts[0] = parts[0].lstrip()
+    if parts and isinstance(parts[-1], str):
+        parts[-1] = parts[-1].rstrip()
+    return parts
+
+
+def _framed(
+    template: Template, tokenizer: Tokenizer, parts: Sequence[Part], learned: bool = False
+) -> Iterator[_Piece]:
+    """Text as it is, images in their frames."""
+    last = None
     for part in parts:
         if isinstance(part, ImageRef):
-            yield _Piece(template.image[0])
+            if not (template.image_shared and isinstance(last, ImageRef)):
+                yield from _literal(template, tokenizer, template.image[0])
             yield _Piece(part)
-            yield _Piece(template.image[1])
-        elif learned or template.user_text:
+            yield from _literal(template, tokenizer, template.image[1])
+        else:
             yield _Piece(part, learned)
+        last = part
 
 
 class _Text:
@@ -240,13 +506,12 @@ def _joined(pieces: Iterator[_Piece]) -> Iterator[_Piece | _Text]:
     """Pieces with neighbouring texts joined, empty ones dropped."""
     text = _Text()
     for piece in pieces:
-        if isinstance(piece.value, str):
-            if piece.value:
-                text.add(piece)
-            continue
-        if text.text:
+        if text.text and (piece.apart or not isinstance(piece.value, str)):
             yield text
             text = _Text()
-        yield piece
+        if not isinstance(piece.value, str):
+            yield piece
+        elif piece.value:
+            text.add(piece)
     if text.text:
         yield text

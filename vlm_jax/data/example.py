@@ -21,7 +21,7 @@ Image = bytes | os.PathLike  # encoded bytes, or a file that is read when the sa
 class Turn:
     """What one role says: text and images in reading order."""
 
-    role: str  # "user" or "assistant"
+    role: str  # "user" or "assistant"; the first may be "system"
     parts: tuple[Part, ...]
 
 
