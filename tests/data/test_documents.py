@@ -93,3 +93,9 @@ def test_a_prompt_shows_evaluation_pixels_and_refuses_bad_ones(small, spoiled):
         documents.prompt_document([Turn("user", (ImageRef(0),))], [cut], config, TOKENIZER)
     with pytest.raises(DataError, match="allows 20 and 5"):
         documents.prompt_document([Turn("user", ("word " * 40,))], [], small(tokens=20), TOKENIZER)
+
+
+def test_a_turn_that_the_template_has_no_place_for_is_counted(small, spoiled):
+    turns = (Turn("system", ("be brief",)), *made(0).turns)
+    document = documents.document(dataclasses.replace(made(0), turns=turns), small(), TOKENIZER)
+    assert (len(document), document.rejects) == (0, ("no_place_for_turn",))

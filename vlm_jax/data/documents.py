@@ -60,10 +60,11 @@ def document(
       tokenizer: of the run.
       rng: where augmentation is drawn from; None = evaluation, which changes nothing.
 
-    Raises:
-      DataError: a turn has an unknown role.
     """
-    rendered = render(example.turns, config, tokenizer)
+    try:
+        rendered = render(example.turns, config, tokenizer)
+    except DataError:  # a system turn, say, under a template that has no place for one
+        return rejected(example.key, example.source, "no_place_for_turn", config)
     spans, texts = rendered.image_spans, _second_texts(example, rendered, config, tokenizer)
     too_long = _too_long(rendered, texts, config)
     if too_long:
