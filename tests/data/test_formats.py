@@ -200,9 +200,10 @@ def test_lines_are_records_and_blank_ones_are_not(tmp_path, monkeypatch, chunk, 
         ("", "holds no record"),
         ("[]", "holds no record"),
         ('[\n{"a": 1},\n{"b": }]', "line 3: not JSON"),
-        ('[\n{"a": 1}\n{"b": 1}]', "line 3: '{' behind an element"),
+        ('[\n{"a": 1}\n{"b": 1}]', "line 3: '{' stands where one of ,"),
         ('[\n{"a": 1},', "line 2: not JSON"),
-        ('[\n{"a": 1}', "line 2: .* behind an element|does not end"),
+        ('[\n{"a": 1}', "line 2: the file ends behind it"),
+        ('[\n{"a": 1}\n', "line 3: the end stands where one of ,"),
     ],
 )
 def test_files_that_are_not_whole_are_refused(tmp_path, text, message):
@@ -281,3 +282,62 @@ def test_the_position_belongs_to_the_file(folder, small):
     with stream(rows_of(8), "one.jsonl") as one, stream(longer, "two.jsonl") as two:
         with pytest.raises(ConfigError, match="corpora"):
             two.set_state(json.loads(json.dumps(one.get_state())))
+
+
+COCO = {
+    "info": {"year": 2017, "images": [1]},
+    "images": [{"id": 9, "file_name": "sub/b.png"}, {"id": -4, "file_name": "a.png"}],
+    "licenses": [],
+    "annotations": [
+        {"image_id": -4, "id": 1, "caption": "a"},
+        {"image_id": 9, "id": 2, "caption": "b \u20ac"},
+        {"image_id": 9, "id": 3, "caption": "c"},
+    ],
+}
+
+
+@pytest.mark.parametrize("chunk", [5, records._CHUNK])
+@pytest.mark.parametrize("indent", [None, 1])
+def test_coco_annotations_find_their_images(folder, monkeypatch, chunk, indent):
+    monkeypatch.setattr(records, "_CHUNK", chunk)
+    path = folder / "captions.json"
+    path.write_text(json.dumps(COCO, indent=indent, ensure_ascii=False), encoding="utf-8")
+    source = opened(path, "coco")
+    made = [source.example(i, np.random.default_rng(0)) for i in range(len(source))]
+    assert [example.images[0].name for example in made] == ["a.png", "b.png", "b.png"]
+    assert [example.turns[1].parts[0] for example in made] == ["a", "b \u20ac", "c"]
+    assert [example.meta["id"] for example in made] == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"image_id": 5}, "no_such_image"),
+        ({"image_id": "9"}, "no_such_image"),
+        ({"caption": 3}, "no_caption"),
+    ],
+)
+def test_coco_annotations_that_are_wrong_are_counted(folder, change, reason):
+    annotations = [COCO["annotations"][0] | change, *COCO["annotations"][1:]]
+    path = folder / "captions.json"
+    path.write_text(json.dumps(COCO | {"annotations": annotations}))
+    (problem,) = validation.problems(opened(path, "coco"))
+    assert problem.reason == reason
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("{}", "no list 'images'"),
+        ('{"images": []', "line 1: the end stands"),
+        ('{"images": {}, "annotations": []}', "no list 'images'"),
+        ("{3: []}", "a name is expected"),
+        ('{"images": [{"id": 1}], "annotations": [{}]}', "image 0 lacks"),
+        ("[]", "line 1"),
+    ],
+)
+def test_files_that_are_none_of_cocos_are_refused(tmp_path, text, message):
+    path = tmp_path / "captions.json"
+    path.write_text(text)
+    with pytest.raises(DataError, match=message):
+        records.CocoRecords(path)

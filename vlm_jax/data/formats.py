@@ -9,6 +9,7 @@
 `content` may also be a list of {"type": "text", "text": ...} and {"type": "image"}; both forms name
 images in the order in which they stand. `llava` is what LLaVA, ShareGPT4V and most that came after
 are published in: `conversations` of `from` and `value`, and `image`, a path or several.
+`coco` is the captions' own JSON, e.g. captions_train2017.json beside the folder train2017.
 `webdataset` is what img2dataset makes of CC3M, CC12M or LAION: shards of images and captions.
 """
 
@@ -25,7 +26,7 @@ import numpy as np
 from vlm_jax.config import Corpus
 from vlm_jax.data import tars
 from vlm_jax.data.example import BadExample, Example, ImageRef, Part, Turn
-from vlm_jax.data.records import JsonRecords
+from vlm_jax.data.records import CocoRecords, JsonRecords
 from vlm_jax.errors import ConfigError
 from vlm_jax.schema import unknown_key
 
@@ -74,6 +75,15 @@ def llava(record: Record) -> Parsed:
     return _key(record), _paths(record, name), tuple(turns)
 
 
+def coco(record: Record) -> Parsed:
+    """An annotation of COCO captions with its image's file name."""
+    caption = record.get("caption")
+    if not isinstance(caption, str):
+        raise BadExample("no_caption", f"caption is {_short(caption)}; expected text")
+    turns = Turn("user", (ImageRef(-1),)), Turn("assistant", (caption,))
+    return _key(record), (record["file_name"],), turns
+
+
 def captioned(sample: tars.Sample) -> Parsed:
     """A picture and its caption."""
     turns = Turn("user", (ImageRef(-1),)), Turn("assistant", (sample.caption,))
@@ -83,6 +93,7 @@ def captioned(sample: tars.Sample) -> Parsed:
 FORMATS = {
     "messages": Format(JsonRecords, messages),
     "llava": Format(JsonRecords, llava),
+    "coco": Format(CocoRecords, coco),
     "webdataset": Format(tars.TarRecords, captioned),
 }
 

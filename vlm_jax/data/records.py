@@ -32,11 +32,14 @@ class JsonRecords:
         self.path = path
         try:
             self._file = open(path, "rb")  # noqa: SIM115 - as long as the records
-            self.spans = _spans(self._file, path)
+            self.spans = self._index()
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
         if not len(self.spans):
             raise DataError(f"{path} holds no record; expected JSON objects, one per line or in []")
+
+    def _index(self) -> Int[np.ndarray, "n 2"]:
+        return _spans(self._file, self.path)
 
     def __len__(self) -> int:
         return len(self.spans)
@@ -59,6 +62,48 @@ class JsonRecords:
     @functools.cached_property
     def _newlines(self) -> Int[np.ndarray, " lines"]:
         return np.concatenate([np.zeros(0, np.int64), *_newlines(self._file)])
+
+
+class CocoRecords(JsonRecords):
+    """The annotations of a COCO file, each with the file name of its image.
+
+    Raises:
+      DataError: no such file, or none of COCO's.
+    """
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        ids = [self._image(i)["id"] for i in range(len(self._images))]
+        self._order = np.argsort(ids, kind="stable")
+        self._ids = np.array(ids)[self._order]
+
+    def _index(self) -> Int[np.ndarray, "n 2"]:
+        found = sections(self._file, self.path)
+        for name in ("images", "annotations"):
+            if name not in found:
+                raise DataError(f"{self.path} has no list {name!r}; expected a COCO file")
+        self._images = found["images"]
+        return found["annotations"]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Annotation `index`, with `file_name`.
+
+        Raises:
+          BadExample: it is none, or of no image.
+        """
+        annotation = super().__getitem__(index)
+        wanted = annotation.get("image_id")
+        place = np.searchsorted(self._ids, wanted) if isinstance(wanted, int) else len(self._ids)
+        if place == len(self._ids) or self._ids[place] != wanted:
+            raise BadExample("no_such_image", f"image_id is {wanted!r}; no image has it")
+        return annotation | {"file_name": self._image(self._order[place])["file_name"]}
+
+    def _image(self, index: int) -> dict[str, Any]:
+        start, end = self._images[index].tolist()
+        image = json.loads(os.pread(self._file.fileno(), end - start, start))
+        if not isinstance(image.get("id"), int) or not isinstance(image.get("file_name"), str):
+            raise DataError(f"{self.path}: image {index} lacks an id or a file_name")
+        return image
 
 
 def parse(data: bytes) -> dict[str, Any]:
@@ -122,57 +167,112 @@ def _lines(file) -> Int[np.ndarray, "n 2"]:
 
 
 def _elements(file, path: Path) -> Int[np.ndarray, "n 2"]:
-    """Those of one array, found by the parser itself, a chunk of the file at a time."""
-    # As latin-1 a character is a byte, and JSON's own characters are what they are in UTF-8.
-    decoder, spans = json.JSONDecoder(), []
-    file.seek(0)
-    text, base = "", 0
+    spans = list(_Scanner(file, path).elements())
+    return np.array(spans, np.int64).reshape(-1, 2)
 
-    def wrong(at: int, why: str) -> DataError:
-        before = sum(len(n) - (n >= base + at).sum() for n in _newlines(file))
-        return DataError(f"{path}, line {before + 1}: {why}")
 
-    def more() -> bool:
-        nonlocal text
-        data = file.read(max(_CHUNK, len(text)))
-        text += data.decode("latin-1")
-        return bool(data)
+def sections(file, path: Path) -> dict[str, Int[np.ndarray, "n 2"]]:
+    """Where the elements of each array of a file's one object begin and end, by its name.
 
-    def token(at: int) -> int:
-        """The next position that is no white space."""
+    Raises:
+      DataError: it is no whole JSON object.
+    """
+    scanner, found = _Scanner(file, path), {}
+    for name in scanner.members():
+        if scanner.next() == "[":
+            found[name] = np.array(list(scanner.elements()), np.int64).reshape(-1, 2)
+        else:
+            scanner.value()
+    return found
+
+
+class _Scanner:
+    """Finds where the values of a JSON file begin and end, a chunk of it at a time.
+
+    The parser itself finds the ends. It reads latin-1: so a character is a byte, and JSON's own
+    characters are what they are in UTF-8.
+    """
+
+    def __init__(self, file, path: Path):
+        self._file, self._path = file, path
+        self._parse = json.JSONDecoder().raw_decode
+        self._text, self._base, self._at = "", 0, 0
+        file.seek(0)
+        while len(self._text) < 3 and self._more():
+            pass
+        self._at = 3 if self._text.startswith("\xef\xbb\xbf") else 0
+
+    def next(self) -> str:
+        """The next character that is no white space; "" at the end."""
         while True:
-            while at < len(text) and text[at] in " \t\r\n":
-                at += 1
-            if at < len(text) or not more():
-                return at
+            while self._at < len(self._text) and self._text[self._at] in " \t\r\n":
+                self._at += 1
+            if self._at < len(self._text) or not self._more():
+                return self._text[self._at : self._at + 1]
 
-    while len(text) < 3 and more():
-        pass
-    at = token(3 if text.startswith("\xef\xbb\xbf") else 0) + 1
-    while True:
-        at = token(at)
-        if text[at : at + 1] == "]" and not spans:
-            break
+    def value(self) -> tuple[int, int]:
+        """Where the next value begins and ends, in bytes; goes behind it."""
+        self.next()
         while True:
             try:
-                _, end = decoder.raw_decode(text, at)
-                if end < len(text):  # a number could go on in the next chunk
-                    break
-                whole = True
+                _, end = self._parse(self._text, self._at)
+                # A number could go on in the next chunk.
+                whole, problem = end < len(self._text), "the file ends behind it"
             except (ValueError, RecursionError) as error:
-                whole, problem = False, error
-            if len(text) - at > 2 * MAX_RECORD or not more():
-                if whole:
-                    raise wrong(end, "the array does not end with ]")
-                raise wrong(at, f"not JSON: {problem}")
-        spans.append((base + at, base + end))
-        at = token(end)
-        separator = text[at : at + 1]
-        if separator == "]":
-            break
-        if separator != ",":
-            raise wrong(at, f"{separator!r} behind an element; expected ',' or ']'")
-        at += 1
-        if at > _CHUNK:
-            text, base, at = text[at:], base + at, 0
-    return np.array(spans, np.int64).reshape(-1, 2)
+                whole, problem = False, f"not JSON: {error}"
+            if whole:
+                break
+            if len(self._text) - self._at > 2 * MAX_RECORD or not self._more():
+                raise self._wrong(problem)
+        span = self._base + self._at, self._base + end
+        self._at = end
+        if self._at > _CHUNK:
+            self._text, self._base, self._at = self._text[end:], self._base + end, 0
+        return span
+
+    def elements(self) -> Iterator[tuple[int, int]]:
+        """Where each element of the next value, an array, begins and ends."""
+        for _ in self._list("[]"):
+            yield self.value()
+
+    def members(self) -> Iterator[str]:
+        """The names of the next value, an object; whoever asks goes behind each one's value."""
+        for _ in self._list("{}"):
+            start, end = self.value()
+            name = json.loads(self._raw(start, end))
+            if not isinstance(name, str):
+                raise self._wrong("a name is expected")
+            self._expect(":")
+            yield name
+
+    def _list(self, ends: str) -> Iterator[None]:
+        """Once for each thing between two ends, with commas between them."""
+        self._expect(ends[0])
+        if self.next() == ends[1]:
+            self._at += 1
+            return
+        while True:
+            yield
+            if self._expect("," + ends[1]) == ends[1]:
+                return
+
+    def _expect(self, among: str) -> str:
+        found = self.next()
+        if not found or found not in among:
+            given = repr(found) if found else "the end"
+            raise self._wrong(f"{given} stands where one of {among} is expected")
+        self._at += 1
+        return found
+
+    def _raw(self, start: int, end: int) -> bytes:
+        return os.pread(self._file.fileno(), end - start, start)
+
+    def _more(self) -> bool:
+        data = self._file.read(max(_CHUNK, len(self._text)))
+        self._text += data.decode("latin-1")
+        return bool(data)
+
+    def _wrong(self, why: str) -> DataError:
+        at = self._base + self._at
+        line = 1 + sum(int((ends < at).sum()) for ends in _newlines(self._file))
+        return DataError(f"{self._path}, line {line}: {why}")
