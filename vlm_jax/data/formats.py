@@ -143,8 +143,14 @@ class CorpusSource:
         images = tuple(i if isinstance(i, bytes) else _inside(self.folder, i) for i in images)
         turns = _numbered(turns, len(images))
         _check(turns)
-        whole = f"{self.name}/{self.split}/{index}" + (f"-{key}" if key else "")
-        return Example(whole, self.name, images, turns, meta={"id": key} if key else {})
+        # Not by its id, which may hold anything: keys become names of files.
+        return Example(
+            f"{self.name}/{self.split}/{index}",
+            self.name,
+            images,
+            turns,
+            meta={"id": key} if key else {},
+        )
 
     def groups(self) -> Sequence[Sequence[int]]:
         """Every example is about something else."""
