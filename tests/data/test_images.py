@@ -1,9 +1,7 @@
-"""Decoding whatever is called a picture, and fitting it to the encoder."""
+"""Decoding every kind of pixels, and fitting them to the encoder; see also `hostile.py`."""
 
 import dataclasses
 import io
-import struct
-import zlib
 
 import numpy as np
 import pytest
@@ -26,52 +24,6 @@ def noise(mode: str, size=(48, 64)) -> Image.Image:
     channels = len(Image.new(mode, (1, 1)).getbands())
     shape = (*size[::-1], channels) if channels > 1 else size[::-1]
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, shape, np.uint8), mode)
-
-
-def bomb(width: int, height: int) -> bytes:
-    """A PNG whose header claims a size that its data does not have."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        whole = kind + data
-        return struct.pack(">I", len(data)) + whole + struct.pack(">I", zlib.crc32(whole))
-
-    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
-    data = zlib.compress(b"\0" * 100)
-    body = chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + body
-
-
-JPEG = encoded(noise("RGB"), "JPEG")
-
-
-@pytest.mark.parametrize(
-    "image, reason",
-    [
-        (b"", "empty"),
-        ("no/such/file.png", "missing"),
-        (b"<html>not found</html>", "not_an_image"),
-        (JPEG[: len(JPEG) // 2], "truncated"),
-        (JPEG[:-2], "truncated"),
-        (encoded(noise("RGBA"))[:500], "truncated"),
-        (bomb(10_000, 10_000), "too_large"),
-        (bomb(20_000, 1), "too_large"),
-        (bomb(30_000, 30_000), "too_large"),
-        (bomb(100, 100), "truncated"),
-        (encoded(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), "unsupported"),
-    ],
-)
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_a_bad_picture_is_refused_with_a_stable_reason(image, reason):
-    with pytest.raises(images.BadImage) as refusal:
-        images.decode(image)
-    assert refusal.value.reason == reason
-
-
-def test_16_bit_grey_is_scaled_and_not_clipped():
-    ramp = np.linspace(0, 65_535, 256).astype(np.uint16).reshape(16, 16)
-    rgba = images.decode(encoded(Image.fromarray(ramp)))
-    np.testing.assert_array_equal(rgba[..., 0].ravel(), np.arange(256))
-    np.testing.assert_array_equal(rgba[..., 3], 255)
 
 
 # "tRNS" is a palette with alpha.
@@ -123,22 +75,6 @@ def test_every_kind_of_pixels_decodes_to_the_rgba_it_stands_for(mode, format):
     decoded = images.decode(encoded(image, format, **options))
     # CMYK rounds in integers, elsewhere nothing may differ.
     np.testing.assert_allclose(decoded.astype(int), expected.astype(int), atol=mode == "CMYK")
-
-
-def test_exif_orientation_is_applied():
-    image = noise("RGB", (48, 64))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # "rotate by 90 degrees clockwise to show"
-    rgba = images.decode(encoded(image, "PNG", exif=exif))
-    assert rgba.shape == (48, 64, 4)
-    np.testing.assert_array_equal(rgba[..., :3], np.rot90(np.asarray(image), -1))
-
-
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
-def test_broken_exif_leaves_the_picture_as_it_is():
-    image = noise("RGB")
-    rgba = images.decode(encoded(image, "PNG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff"))
-    np.testing.assert_array_equal(rgba[..., :3], np.asarray(image))
 
 
 def test_colour_hidden_under_transparent_pixels_never_shows():

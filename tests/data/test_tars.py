@@ -10,7 +10,7 @@ import PIL.Image
 import pytest
 
 from vlm_jax import config as configs
-from vlm_jax.data import formats, images, tars, validation
+from vlm_jax.data import decoding, formats, images, validation
 from vlm_jax.data.example import BadExample, ImageRef, Turn
 from vlm_jax.errors import DataError
 
@@ -140,7 +140,7 @@ def test_a_shard_that_is_no_whole_tar_is_refused_by_name(tmp_path):
 
 
 def test_members_too_large_are_counted_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(tars, "MAX_IMAGE", 10)
+    monkeypatch.setattr(decoding, "MAX_BYTES", 10)
     source = opened(shard(tmp_path / "a.tar", [("0.png", png(0)), ("0.txt", b"x")]))
     with pytest.raises(BadExample, match="record_too_large"):
         source.example(0, np.random.default_rng(0))

@@ -1,139 +1,23 @@
-"""Pictures: one decode for everything, then fit to the encoder with or without random changes.
+"""Pictures: one decode for everything (`decoding.py`), then fit to the encoder, changed or not.
 
 Alpha is kept until the last moment and is premultiplied before any resampling, so that the colour
 hidden under transparent pixels never bleeds into edges.
 """
 
 import copy
-import io
-import os
 from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFilter
 
 from vlm_jax.config import Augment
+from vlm_jax.data.decoding import BadImage as BadImage
+from vlm_jax.data.decoding import decode as decode
 from vlm_jax.presets.encoders import Encoder
-
-# Checked against the header, before any pixel is decoded: a 100-byte file can claim 100 megapixels.
-MAX_PIXELS = 50_000_000
-MAX_SIDE = 16_384
-
-# Readers that neither start other programs (EPS does) nor have more than pixels to say.
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 # Less than this leaves a picture as it is, at the price of a whole filter pass.
 _SMALLEST_BLUR = 0.2
-
-_EXIF_KEYS = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
-
-
-class BadImage(Exception):
-    """A picture that cannot be used.
-
-    Attributes:
-      reason: a stable word that is counted: missing, empty, not_an_image, too_large, truncated,
-        corrupt, unsupported or no_such_image.
-    """
-
-    def __init__(self, reason: str, detail: str = ""):
-        super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason = reason
-
-
-def decode(
-    image: bytes | os.PathLike | str | np.ndarray | Image.Image,
-) -> UInt8[np.ndarray, "h w 4"]:
-    """RGBA pixels, upright, of encoded bytes, a file, or a picture already in memory.
-
-    Animations give their first frame; 16-bit grey is scaled to 8 bits (Pillow would clip it).
-
-    Raises:
-      BadImage: see its reasons.
-    """
-    if isinstance(image, np.ndarray):
-        image = Image.fromarray(image)
-    if not isinstance(image, Image.Image):
-        return _decoded(_open(_read(image)))
-    return _decoded(image)
-
-
-def check(image: bytes | os.PathLike | str) -> None:
-    """Reads the header only, which shows most of what is wrong with a picture.
-
-    Raises:
-      BadImage: see its reasons.
-    """
-    _check_size(_open(_read(image)))
-
-
-def _read(image: bytes | os.PathLike | str) -> bytes:
-    if not isinstance(image, bytes):
-        try:
-            with open(image, "rb") as file:
-                image = file.read()
-        except OSError as error:
-            raise BadImage("missing", str(error)) from error
-    if not image:
-        raise BadImage("empty", "no bytes")
-    return image
-
-
-def _open(data: bytes) -> Image.Image:
-    """The picture behind its header; no pixel is decoded yet."""
-    try:
-        return Image.open(io.BytesIO(data), formats=FORMATS)
-    except UnidentifiedImageError as error:
-        raise BadImage("not_an_image", f"none of {', '.join(FORMATS)}") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BadImage("too_large", str(error)) from error
-    except Exception as error:  # plugins raise whatever their parser stumbles over
-        raise BadImage("corrupt", str(error)) from error
-
-
-def _check_size(image: Image.Image) -> None:
-    width, height = image.size
-    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
-        limit = f"{MAX_PIXELS} pixels and {MAX_SIDE} a side"
-        raise BadImage("too_large", f"{width} x {height}, more than {limit}")
-    if not width * height:
-        raise BadImage("empty", f"{width} x {height}")
-
-
-def _decoded(image: Image.Image) -> UInt8[np.ndarray, "h w 4"]:
-    _check_size(image)
-    try:
-        image.load()
-    except Exception as error:
-        cut = isinstance(error, EOFError) or "truncated" in str(error).lower()
-        raise BadImage("truncated" if cut else "corrupt", str(error)) from error
-    try:
-        return np.asarray(_rgba(_upright(image)))
-    except (ValueError, OSError) as error:
-        raise BadImage("unsupported", f"pixels of mode {image.mode}: {error}") from error
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    if image.format != "TIFF" and not any(key in image.info for key in _EXIF_KEYS):
-        return image
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # broken EXIF says nothing about the pixels (huggingface/datasets#7668)
-        return image
-
-
-def _rgba(image: Image.Image) -> Image.Image:
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        grey = np.asarray(image)
-        if grey.min() < 0 or grey.max() > 65_535:
-            raise ValueError("integers beyond 16 bits")
-        image = Image.fromarray(((grey.astype(np.uint32) + 128) // 257).astype(np.uint8))
-    if image.mode == "F":
-        raise ValueError("floating point has no known range")
-    if image.mode in ("CMYK", "YCbCr", "HSV"):
-        image = image.convert("RGB")
-    return image if image.mode == "RGBA" else image.convert("RGBA")
 
 
 def fit(

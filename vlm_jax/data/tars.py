@@ -15,13 +15,13 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
+from vlm_jax.data import decoding
 from vlm_jax.data.example import BadExample
 from vlm_jax.data.records import MAX_RECORD, parse
 from vlm_jax.errors import DataError
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 TEXTS = (".txt", ".json")  # the first one there is says the caption
-MAX_IMAGE = 256 * 2**20  # bytes
 
 
 class Sample(NamedTuple):
@@ -81,7 +81,7 @@ class TarRecords:
             raise BadExample("no_image", f"expected a member that ends in {', '.join(IMAGES)}")
         if place.text < 0:
             raise BadExample("no_caption", f"expected a member that ends in {' or '.join(TEXTS)}")
-        if place.image_size > MAX_IMAGE or place.text_size > MAX_RECORD:
+        if place.image_size > decoding.MAX_BYTES or place.text_size > MAX_RECORD:
             sizes = f"{place.image_size} bytes of image and {place.text_size} of text"
             raise BadExample("record_too_large", sizes)
         file = self._files[place.shard].fileno()

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vlm_jax.data import images
+from vlm_jax.data import decoding
 from vlm_jax.data.example import BadExample, Example
 from vlm_jax.data.formats import CorpusSource
 
@@ -49,7 +49,7 @@ def problems(source: CorpusSource, decode: bool = False) -> Iterator[Problem]:
 def _of_images(example: Example, decode: bool) -> Iterator[tuple[str, str]]:
     for i, path in enumerate(example.images):
         try:
-            images.decode(path) if decode else images.check(path)
-        except images.BadImage as bad:
+            decoding.decode(path) if decode else decoding.check(path)
+        except decoding.BadImage as bad:
             name = "" if isinstance(path, bytes) else f", {path}"
             yield bad.reason, f"image {i + 1}{name}: {bad}"

@@ -15,6 +15,7 @@ from vlm_jax import config as configs
 from vlm_jax.batch import Batch, Images
 from vlm_jax.data import chat, heldout
 from vlm_jax.data import tokenizer as tokenizers
+from vlm_jax.data.decoding import BadImage, decode
 from vlm_jax.data.example import Example, Image
 from vlm_jax.errors import ConfigError, DataError
 from vlm_jax.evaluation import devices
@@ -207,6 +208,9 @@ def _encoded(pictures: Picture | Sequence[Picture] | None) -> tuple[Image, ...]:
 def _encode(picture: Picture) -> Image:
     if isinstance(picture, PilImage.Image):
         buffer = io.BytesIO()
-        picture.convert("RGBA").save(buffer, "PNG")
+        try:
+            PilImage.fromarray(decode(picture)).save(buffer, "PNG")
+        except BadImage as bad:
+            raise DataError(f"a picture cannot be used: {bad}") from bad
         return buffer.getvalue()
     return Path(picture) if isinstance(picture, str) else picture
