@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 import PIL.Image
@@ -145,15 +146,18 @@ def test_validate_names_line_and_reason(folder, name):
 
 
 def test_validate_finds_ids_that_stand_twice_and_damage_behind_headers(folder):
-    PIL.Image.effect_noise((64, 64), 9).save(folder / "whole.jpg")
-    whole = (folder / "whole.jpg").read_bytes()
-    (folder / "cut.jpg").write_bytes(whole[: len(whole) // 2])
-    path = written(folder, GOOD, GOOD, changed(id="8", images=["a.png", "cut.jpg"]))
+    whole = (folder / "a.png").read_bytes()
+    at = whole.index(b"IDAT")
+    length = int.from_bytes(whole[at - 4 : at])
+    data = b"IDAT" + b"\1" * length  # no zlib stream, under a right checksum
+    checksum = zlib.crc32(data).to_bytes(4)
+    (folder / "odd.png").write_bytes(whole[:at] + data + checksum + whole[at + 8 + length :])
+    path = written(folder, GOOD, GOOD, changed(id="8", images=["a.png", "odd.png"]))
     (twice,) = validation.problems(opened(path))
     assert twice[:2] == (f"{path}:2", "duplicate_id") and f"at {path}:1 as well" in twice.detail
     found = list(validation.problems(opened(path), decode=True))
-    assert [p.reason for p in found] == ["duplicate_id", "truncated"]
-    assert "image 2" in found[1].detail and "cut.jpg" in found[1].detail
+    assert [p.reason for p in found] == ["duplicate_id", "corrupt"]
+    assert "image 2" in found[1].detail and "odd.png" in found[1].detail
 
 
 def test_the_door_prints_what_is_wrong_and_exits_65(folder):
