@@ -3,6 +3,12 @@
 A file may claim anything. What its header says is checked before Pillow sees it, so that a small
 file costs neither much memory nor much time: sizes before anything is allocated (WebP and GIF
 readers allocate when they open), and how many pieces a header has before they are walked through.
+
+Pillow reads all formats. Of a JPEG of 500 x 375 it made RGB in 1.55 ms, simplejpeg in 0.92 and
+OpenCV in 1.00, the same pixels; with Pillow's filter to 384 x 384 that was 4.30 and 3.75 ms, so a
+second decoder for one format gains 13 %. OpenCV's filter is much faster (1.30 in all), but gives
+other pixels than the published preprocessors; `draft` reduces nothing at that size, and where it
+does it changes pixels (benchmarks/decode_images.py: medians of CPU time on a busy Xeon core).
 """
 
 import dataclasses
