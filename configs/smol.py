@@ -2,8 +2,8 @@
 
 make smol     # fetches the weights, imports them into models/, trains this config
 
-Both towers are frozen: what is trained is an MLP of 1.8M parameters, on captions of the embedded
-pictures: 300 steps of 3.6 seconds on two cores. The variant `random_encoder` leaves the encoder as
+Both towers are frozen: what is trained is an MLP of 3.5M parameters, on captions of the embedded
+pictures: 300 steps of 3 seconds on two cores. The variant `random_encoder` leaves the encoder as
 it is drawn and changes nothing else.
 """
 
