@@ -1,13 +1,16 @@
 """Corpora before they are trained on.
 
 python -m vlm_jax.prepare validate PATH --format=messages [--images=DIR] [--decode]
+python -m vlm_jax.prepare run PATH --format=messages --out=DIR [--images=DIR] [--workers=N]
 
 `validate` names what is wrong with a corpus of one's own, record by record and by the reasons that
-a run would count: 0 where nothing is, 65 otherwise. `vlm_jax/data/formats.py` says how each format
-is written.
+a run would count: 0 where nothing is, 65 otherwise. `run` writes what can be used as ArrayRecord
+shards with a manifest, images and all, which the format `shards` reads; killed and started again it
+goes on and ends with the same bytes. `vlm_jax/data/formats.py` says how each format is written.
 """
 
 import collections
+import os
 from collections.abc import Sequence
 
 from absl import flags
@@ -18,11 +21,16 @@ from vlm_jax.errors import ConfigError, DataError
 
 _FORMAT = flags.DEFINE_string("format", "messages", "How the corpus is written.")
 _IMAGES = flags.DEFINE_string("images", "", "Folder of its images, if not the file's own.")
+_OUT = flags.DEFINE_string("out", "", "run: folder for the shards.")
+_SHARD_MB = flags.DEFINE_integer("shard_mb", 256, "run: size of a shard, in MB.", lower_bound=1)
+_WORKERS = flags.DEFINE_integer("workers", None, "run: processes; by default one per core.")
+_MIN_SIDE = flags.DEFINE_integer("min_side", 1, "run: leave out images with a shorter side.")
+_MAX_ASPECT = flags.DEFINE_float("max_aspect", 200.0, "run: leave out images that are narrower.")
 _DECODE = flags.DEFINE_bool("decode", False, "Also decode every image, not its header alone.")
 
 
 def main(argv: Sequence[str]) -> None:
-    """Validates."""
+    """Validates or prepares."""
     command, words = (argv[1] if len(argv) > 1 else ""), argv[2:]
     if command not in COMMANDS:
         raise ConfigError(f"unknown command {command!r}; expected {', '.join(COMMANDS)}")
@@ -53,7 +61,33 @@ def validate(path: str) -> None:
     print(f"{path}: {len(source)} records, nothing wrong")
 
 
-COMMANDS = {"validate": validate}
+def run(path: str) -> None:
+    """Prepares a corpus.
+
+    Raises:
+      ConfigError: no `--out`, an unknown format, or a folder that holds something else.
+      DataError: the corpus cannot be read.
+      StorageError: the folder cannot be written.
+    """
+    from vlm_jax.data import preparation
+
+    if not _OUT.value:
+        raise ConfigError("run needs --out=DIR, where the shards shall stand")
+    manifest = preparation.run(
+        Corpus(_FORMAT.value, {"all": path}, _IMAGES.value),
+        doors.folder(_OUT.value),
+        shard_bytes=_SHARD_MB.value * 10**6,
+        workers=os.cpu_count() if _WORKERS.value is None else _WORKERS.value,
+        min_side=_MIN_SIDE.value,
+        max_aspect=_MAX_ASPECT.value,
+    )
+    rejects = manifest["rejects"]
+    listed = ", ".join(f"{reason} {count}" for reason, count in rejects.items()) or "nothing"
+    print(f"{_OUT.value}: {manifest['records']} records in {len(manifest['shards'])} shards")
+    print(f"left out: {listed}" + (" (shard-*.rejects.jsonl)" if rejects else ""))
+
+
+COMMANDS = {"validate": validate, "run": run}
 
 if __name__ == "__main__":
     doors.run(main)

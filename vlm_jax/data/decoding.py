@@ -90,7 +90,7 @@ def decode(
     if isinstance(image, np.ndarray):
         image = _of_array(image)
     if not isinstance(image, Image.Image):
-        image = _open(_read(image))
+        image = _open(read(image))
     _check_size(*image.size)
     try:
         image.load()
@@ -108,7 +108,7 @@ def check(image: bytes | os.PathLike | str) -> None:
     Raises:
       BadImage: see its reasons.
     """
-    _check_size(*_open(_read(image)).size)
+    _check_size(*_open(read(image)).size)
 
 
 def _of_array(array: np.ndarray) -> Image.Image:
@@ -119,7 +119,12 @@ def _of_array(array: np.ndarray) -> Image.Image:
         raise BadImage("unsupported", f"{detail}: expected uint8 [h, w, 3 or 4]") from error
 
 
-def _read(image: bytes | os.PathLike | str) -> bytes:
+def read(image: bytes | os.PathLike | str) -> bytes:
+    """The bytes of a picture, nothing of which is looked at.
+
+    Raises:
+      BadImage: it is missing, not_a_file, empty or too_large.
+    """
     size = len(image) if isinstance(image, bytes) else _size_of_file(image)
     if not size:
         raise BadImage("empty", "no bytes")

@@ -11,10 +11,10 @@ images in the order in which they stand. `llava` is what LLaVA, ShareGPT4V and m
 are published in: `conversations` of `from` and `value`, and `image`, a path or several.
 `coco` is the captions' own JSON, e.g. captions_train2017.json beside the folder train2017.
 `webdataset` is what img2dataset makes of CC3M, CC12M or LAION: shards of images and captions.
+`shards` is a folder that `python -m vlm_jax.prepare run` wrote of any of these.
 """
 
 import dataclasses
-import hashlib
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from vlm_jax.config import Corpus
-from vlm_jax.data import tars
+from vlm_jax.data import shards, tars
 from vlm_jax.data.example import BadExample, Example, ImageRef, Part, Turn
 from vlm_jax.data.records import CocoRecords, JsonRecords
 from vlm_jax.errors import ConfigError
@@ -95,6 +95,7 @@ FORMATS = {
     "llava": Format(JsonRecords, llava),
     "coco": Format(CocoRecords, coco),
     "webdataset": Format(tars.TarRecords, captioned),
+    "shards": Format(shards.ShardRecords, shards.unpack),
 }
 
 
@@ -129,9 +130,8 @@ class CorpusSource:
 
     @property
     def fingerprint(self) -> str:
-        """Of where the file's records are: it notices all edits but those that move nothing."""
-        spans = np.ascontiguousarray(self.records.spans)
-        return hashlib.blake2b(spans, digest_size=8).hexdigest()
+        """Of the corpus's records."""
+        return self.records.fingerprint
 
     def example(self, index: int, rng: np.random.Generator) -> Example:
         """Example `index`; nothing of it is left to chance.

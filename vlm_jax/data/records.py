@@ -1,6 +1,7 @@
 """Records of JSON files by number: only where each begins and ends is kept in memory."""
 
 import functools
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -55,6 +56,11 @@ class JsonRecords:
             raise BadExample("record_too_large", f"{end - start} bytes; expected <= {MAX_RECORD}")
         return parse(os.pread(self._file.fileno(), end - start, start))
 
+    @property
+    def fingerprint(self) -> str:
+        """Of where the records are."""
+        return digest(self.spans)
+
     def where(self, index: int) -> str:
         """The file, and its line on which record `index` begins."""
         return f"{self.path}:{int(np.searchsorted(self._newlines, self.spans[index, 0])) + 1}"
@@ -62,6 +68,11 @@ class JsonRecords:
     @functools.cached_property
     def _newlines(self) -> Int[np.ndarray, " lines"]:
         return np.concatenate([np.zeros(0, np.int64), *_newlines(self._file)])
+
+
+def digest(spans: Int[np.ndarray, "n _"]) -> str:
+    """Of where records are: it notices all edits of their files but those that move nothing."""
+    return hashlib.blake2b(np.ascontiguousarray(spans), digest_size=8).hexdigest()
 
 
 class CocoRecords(JsonRecords):

@@ -17,7 +17,7 @@ from jaxtyping import Int
 
 from vlm_jax.data import decoding
 from vlm_jax.data.example import BadExample
-from vlm_jax.data.records import MAX_RECORD, parse
+from vlm_jax.data.records import MAX_RECORD, digest, parse
 from vlm_jax.errors import DataError
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -87,6 +87,11 @@ class TarRecords:
         file = self._files[place.shard].fileno()
         text = os.pread(file, place.text_size, place.text)
         return Sample(os.pread(file, place.image_size, place.image), _caption(text, place.is_json))
+
+    @property
+    def fingerprint(self) -> str:
+        """Of where the samples are."""
+        return digest(self.spans)
 
     def where(self, index: int) -> str:
         """The shard of sample `index`, and how many-eth it is there."""

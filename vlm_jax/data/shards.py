@@ -1,0 +1,149 @@
+"""Prepared corpora: ArrayRecord shards of one record a group, and a manifest beside them.
+
+A record is msgpack of plain data: `id`, `images` (encoded bytes) and `turns`, each a role and its
+parts, in which a number stands for an image.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgpack
+
+from vlm_jax.data.example import BadExample, Example, ImageRef, Turn
+from vlm_jax.errors import DataError, StorageError
+
+MANIFEST = "manifest.json"
+VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """A file of records.
+
+    Attributes:
+      name: of the file.
+      records: how many it holds.
+      bytes: its size.
+      sha256: of its bytes.
+      rejects: how many records of the source it lacks, by reason.
+    """
+
+    name: str
+    records: int
+    bytes: int
+    sha256: str
+    rejects: dict[str, int]
+
+
+def pack(example: Example) -> bytes:
+    """An Example whose images are bytes, as a record."""
+    turns = [
+        [turn.role, [p.index if isinstance(p, ImageRef) else p for p in turn.parts]]
+        for turn in example.turns
+    ]
+    images = list(example.images)
+    return msgpack.packb({"id": example.meta.get("id", ""), "images": images, "turns": turns})
+
+
+def unpack(data: bytes) -> tuple[str, Sequence[bytes], tuple[Turn, ...]]:
+    """A record's id, images and turns.
+
+    Raises:
+      BadExample: it is none.
+    """
+    try:
+        record = msgpack.unpackb(data)
+        turns = tuple(
+            Turn(role, tuple(ImageRef(p) if isinstance(p, int) else p for p in parts))
+            for role, parts in record["turns"]
+        )
+        texts = [part for turn in turns for part in turn.parts if not isinstance(part, ImageRef)]
+        if not all(isinstance(x, str) for x in [record["id"], *texts, *(t.role for t in turns)]):
+            raise TypeError("an id, a role or a part is no text")
+        if not turns or not all(isinstance(image, bytes) for image in record["images"]):
+            raise TypeError("no turns, or an image that is no bytes")
+        return record["id"], record["images"], turns
+    except (ValueError, TypeError, KeyError, msgpack.UnpackException) as error:
+        raise BadExample("not_a_record", f"{type(error).__name__}: {error}") from error
+
+
+class ShardRecords:
+    """The records of a prepared corpus.
+
+    Args:
+      path: its folder.
+
+    Raises:
+      DataError: there is no manifest, or a shard is not what it says.
+    """
+
+    def __init__(self, path: Path):
+        from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+        self.path, manifest = path, read_manifest(path)
+        self.shards = [Shard(**shard) for shard in manifest["shards"]]
+        for shard in self.shards:
+            found = (path / shard.name).stat().st_size if (path / shard.name).is_file() else None
+            if found != shard.bytes:
+                said = "is missing" if found is None else f"has {found} bytes"
+                raise DataError(f"{path / shard.name} {said}; {MANIFEST} says {shard.bytes} bytes")
+        filled = [str(path / shard.name) for shard in self.shards if shard.records]
+        self._source = ArrayRecordDataSource(filled) if filled else []
+        if len(self) != manifest["records"]:
+            raise DataError(
+                f"{path} holds {len(self)} records; {MANIFEST} says {manifest['records']}"
+            )
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> bytes:
+        """Record `index`.
+
+        Raises:
+          StorageError: it cannot be read.
+        """
+        try:
+            return self._source[index]
+        except Exception as error:  # the reader raises what its C++ says
+            raise StorageError(f"{self.where(index)} cannot be read: {error}") from error
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all bytes of all shards, as the manifest has them."""
+        digest = hashlib.blake2b(digest_size=8)
+        for shard in self.shards:
+            digest.update(shard.sha256.encode())
+        return digest.hexdigest()
+
+    def where(self, index: int) -> str:
+        """The shard of record `index`, and how many-eth it is there."""
+        for shard in self.shards:
+            if index < shard.records:
+                return f"{self.path / shard.name}, record {index}"
+            index -= shard.records
+        return f"{self.path}, record {index}"
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a prepared corpus.
+
+    Raises:
+      DataError: there is none, or of another version.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{folder} has no {MANIFEST}; expected a folder that `python -m vlm_jax.prepare run` "
+            "has finished"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder / MANIFEST} cannot be read: {error}") from error
+    if not isinstance(manifest, dict) or manifest.get("version") != VERSION:
+        raise DataError(f"{folder / MANIFEST} is not of version {VERSION}")
+    return manifest
