@@ -391,3 +391,131 @@ def test_white_space_around_is_dropped_where_the_template_says_so(folder):
         tok = tokenizer.load(str(letters(name, folder)))
         rendered = chat.render(chat.template(name), tok, loose, 2)
         assert expected in marked(tok.backend, rendered.tokens, rendered.loss_weights)
+
+
+# Against transformers ---------------------------------------------------------------------------
+
+# The chat_template strings that the models were published with.
+FRAMES = (
+    "{% for message in messages %}{{ message['role'] | capitalize }}"
+    "{% if message['content'][0]['type'] == 'image' %}{{ ':' }}{% else %}{{ ': ' }}{% endif %}"
+    "{% for line in message['content'] %}{% if line['type'] == 'text' %}{{ line['text'] }}"
+    "{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+PUBLISHED = {
+    "llama_2": (
+        "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}"
+        "{% set system_message = messages[0]['content'] %}{% else %}"
+        "{% set loop_messages = messages %}{% set system_message = false %}{% endif %}"
+        "{% for message in loop_messages %}{% if loop.index0 == 0 and system_message != false %}"
+        "{% set content = '<<SYS>>\\n' + system_message + '\\n<</SYS>>\\n\\n'"
+        " + message['content'] %}"
+        "{% else %}{% set content = message['content'] %}{% endif %}"
+        "{% if message['role'] == 'user' %}"
+        "{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
+        "{% elif message['role'] == 'assistant' %}{{ ' ' + content.strip() + ' ' + eos_token }}"
+        "{% endif %}{% endfor %}"
+    ),
+    "llama_3": (
+        "{% set loop_messages = messages %}{% for message in loop_messages %}"
+        "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
+        " + message['content'] | trim + '<|eot_id|>' %}"
+        "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}"
+        "{% endfor %}{% if add_generation_prompt %}"
+        "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+    ),
+    "mistral": (
+        "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
+        "{{ '[INST] ' + message['content'] + ' [/INST]' }}{% elif message['role'] == 'assistant' %}"
+        "{{ message['content'] + eos_token}}{% endif %}{% endfor %}"
+    ),
+    "gemma": (
+        "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'assistant') %}"
+        "{% set role = 'model' %}{% else %}{% set role = message['role'] %}{% endif %}"
+        "{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}"
+    ),
+    "idefics2": "{{ bos_token }}" + FRAMES,  # its tokenizer puts the first
+    "idefics3": "<|begin_of_text|>" + FRAMES,
+}
+# What processors make of `<image>`, for 2 visual tokens; two of Idefics2's frames share a token.
+SPELLED = {
+    "idefics2": lambda text: text.replace("<image>", F + I + F).replace(F + F, F),
+    "idefics3": lambda text: text.replace("<image>", G + I + F),
+    "smolvlm": lambda text: text.replace("<image>", G + I + F),
+}
+LOOSE = (
+    Turn("user", ("What is it? ",)),
+    Turn("assistant", (" A fox.\n",)),
+    Turn("user", ("And\n\nwhere?",)),
+    Turn("assistant", ("In snow.",)),
+)
+
+
+def backend_of(name: str, folder: pathlib.Path):
+    """The tokenizer of one token per byte as transformers' class."""
+    import transformers
+
+    bos, eos = ENDS.get(name, ("<s>", "</s>"))
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(letters(name, folder)), bos_token=bos, eos_token=eos
+    )
+
+
+def as_list(turn: Turn) -> list[dict]:
+    """A turn as processors want it."""
+    return [
+        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
+        for part in turn.parts
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*PUBLISHED, "smolvlm"])
+def test_text_is_what_transformers_makes_of_the_published_template(name, folder):
+    from transformers.models.smolvlm import processing_smolvlm
+
+    published = PUBLISHED | {"smolvlm": processing_smolvlm.DEFAULT_CHAT_TEMPLATE}
+    theirs, row = backend_of(name, folder), chat.template(name)
+    ours = tokenizer.load(str(letters(name, folder)))
+    content = as_list if name in SPELLED else lambda turn: "".join(turn.parts)
+    talks = [LOOSE] + ([(OWN, *LOOSE)] if row.system else [])
+    talks += [TWO, MANY, (OWN, *MANY)] if name in SPELLED else []
+    for talk in talks:
+        for turns, reply in ((talk, False), (talk[:-1], True)):
+            text = theirs.apply_chat_template(
+                [{"role": turn.role, "content": content(turn)} for turn in turns],
+                chat_template=published[name],
+                tokenize=False,
+                add_generation_prompt=reply,
+            )
+            text = SPELLED.get(name, str)(text)
+            rendered = chat.render(row, ours, turns, 2, reply=reply)
+            assert rendered.tokens.tolist() == theirs(text, add_special_tokens=False).input_ids
+
+
+@pytest.mark.slow
+def test_paligemma_is_what_its_processor_makes(folder):
+    import transformers
+
+    theirs = backend_of("paligemma", folder)
+    images = transformers.SiglipImageProcessor(size={"height": 8, "width": 8})
+    images.image_seq_length = 2
+    processor = transformers.PaliGemmaProcessor(images, theirs)
+    ours = tokenizer.load(str(letters("paligemma", folder)))
+    picture = np.zeros((8, 8, 3), np.uint8)
+    for count in (1, 3):
+        turns = (
+            Turn("user", (*map(ImageRef, range(count)), "caption en")),
+            Turn("assistant", ("a fox",)),
+        )
+        made = processor(
+            images=[[picture] * count],
+            text=["<image>" * count + "caption en"],
+            suffix=["a fox"],
+            return_tensors="np",
+        )
+        rendered = chat.render(chat.template("paligemma"), ours, turns, 2)
+        np.testing.assert_array_equal(rendered.tokens, made["input_ids"][0])
+        np.testing.assert_array_equal(rendered.loss_weights > 0, made["labels"][0] != -100)

@@ -1,10 +1,13 @@
+import dataclasses
 import io
 
 import jax
 import numpy as np
 import pytest
 import small
+import tokenizers
 from PIL import Image
+from tokenizers import models, pre_tokenizers
 
 from vlm_jax.data import heldout
 from vlm_jax.errors import ConfigError
@@ -37,6 +40,21 @@ def test_answers_are_those_of_uncached_greedy_generation(predictor, examples):
     answers = predictor.answer(examples)
     assert answers == expected[:6]
     assert len(set(answers)) > 1  # or the comparison would say little
+
+
+def test_an_end_of_several_tokens_is_left_out(tmp_path):
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {letter: i for i, letter in enumerate([*letters, "##"])}
+    backend = tokenizers.Tokenizer(models.BPE(vocab, [("#", "#")]))  # "###" is ## #, as LLaMA's
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    config = small.config()
+    data = dataclasses.replace(config.data, tokenizer=str(tmp_path), template="vicuna_v0")
+    one = Predictor(dataclasses.replace(config, data=data), small.parameters())
+    for answer in ("a red fox", "a red fox###", "a red fox###Human: and"):
+        assert one._text(np.array(one.tokenizer.encode(answer)), [one._end]) == "a red fox"
 
 
 def test_generate_gives_the_answers_of_examples_in_order(predictor, examples):

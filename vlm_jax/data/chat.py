@@ -358,7 +358,7 @@ def end_tokens(template: Template, tokenizer: Tokenizer) -> list[int]:
 
 
 def end_token(template: Template, tokenizer: Tokenizer) -> int:
-    """The id at which generation stops: the last of `end_tokens`."""
+    """The last of `end_tokens`, at which generation stops."""
     return end_tokens(template, tokenizer)[-1]
 
 

@@ -45,7 +45,9 @@ class Predictor:
         self.config, self.params = config, params
         self.vision = vision or Vision(config, params)
         self.tokenizer = tokenizers.for_config(config)
-        self._end = chat.end_token(chat.template(config.data.template), self.tokenizer)
+        # Generation stops at one id: of an end of several, what comes before it is cut afterwards.
+        *rest, self._end = chat.end_tokens(chat.template(config.data.template), self.tokenizer)
+        self._rest = self.tokenizer.decode(rest)
 
     def generate(
         self,
@@ -161,6 +163,7 @@ class Predictor:
         ended = np.flatnonzero(np.isin(tokens, ends))
         kept = tokens[: ended[0]] if len(ended) else tokens
         text = self.tokenizer.decode(kept.tolist())
+        text = text.removesuffix(self._rest) if len(ended) else text
         found = [at for at in map(text.find, strings) if at >= 0]
         return text[: min(found, default=len(text))].strip()
 
