@@ -315,6 +315,14 @@ def test_the_position_belongs_to_the_file(folder, small):
             two.set_state(json.loads(json.dumps(one.get_state())))
 
 
+def test_held_out_turns_without_a_place_in_the_template_are_counted(folder, small):
+    path = str(written(folder, GOOD, *rows_of(3)))
+    corpora = {"own": configs.Corpus("messages", {"validation": path})}
+    config = small(corpora=corpora, mixture={"own": 1.0}, template="mistral")
+    ((_, info),) = heldout.eval_batches(config, "validation", "own")
+    assert info.rejects == {("own", "no_place_for_turn"): 1}
+
+
 COCO = {
     "info": {"year": 2017, "images": [1]},
     "images": [{"id": 9, "file_name": "sub/b.png"}, {"id": -4, "file_name": "a.png"}],
