@@ -169,3 +169,15 @@ def test_no_shard_is_held_open_and_one_that_is_gone_is_named(tmp_path):
     (tmp_path / "1.tar").symlink_to("nowhere")
     with pytest.raises(DataError, match=r"1\.tar is no whole tar"):
         opened(tmp_path / "*.tar")
+
+
+@pytest.mark.parametrize("size", [-512, -1536])
+def test_members_of_less_than_nothing_are_refused(tmp_path, size):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        tar.addfile(tarfile.TarInfo("first"))
+        info = tarfile.TarInfo("0.png")
+        info.pax_headers = {"size": str(size)}  # the second leads back to this header
+        tar.addfile(info)
+    with pytest.raises(DataError, match=f"0.png has {size} bytes"):
+        opened(path)

@@ -117,6 +117,8 @@ def _index(number: int, path: str) -> Iterator[_Place]:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 tar.members.clear()  # or it keeps them all
+                if member.size < 0:  # PAX headers may say so, and tarfile would go back and loop
+                    raise tarfile.ReadError(f"{member.name} has {member.size} bytes")
                 folder, _, name = member.name.rpartition("/")
                 stem, dot, ending = name.partition(".")
                 # Of a sparse file only the parts between its holes are there.
