@@ -56,13 +56,18 @@ def validate(path: str) -> None:
     source = formats.CorpusSource("corpus", corpus, "all")
     counts, places = collections.Counter(), set()
     for problem in validation.problems(source, _DECODE.value):
-        print(f"{problem.where}: {problem.reason}: {problem.detail}")
+        print(_line(f"{problem.where}: {problem.reason}: {problem.detail}"))
         counts[problem.reason] += 1
         places.add(problem.where)
     if counts:
         listed = ", ".join(f"{reason} {count}" for reason, count in counts.most_common())
         raise DataError(f"{len(places)} of {len(source)} records have problems: {listed}")
     print(f"{path}: {len(source)} records, nothing wrong")
+
+
+def _line(text: str) -> str:
+    """As one line of a terminal: names of files may hold anything, its commands included."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def run(path: str) -> None:

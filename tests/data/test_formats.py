@@ -165,6 +165,9 @@ def test_the_door_prints_what_is_wrong_and_exits_65(folder):
         command = [sys.executable, "-m", "vlm_jax.prepare", "validate", str(path)]
         return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
+    odd = changed(id="8", images=["a.png", "\x1b[31m\n.png"])
+    bad = run(written(folder, GOOD, odd))
+    assert r"\x1b[31m\n.png" in bad.stdout and "\x1b" not in bad.stdout
     bad = run(written(folder, GOOD, BAD["image_count"]))
     assert bad.returncode == 65
     assert ":2: image_count: 1 images for 2 places" in bad.stdout
