@@ -24,8 +24,12 @@ _IMAGES = flags.DEFINE_string("images", "", "Folder of its images, if not the fi
 _OUT = flags.DEFINE_string("out", "", "run: folder for the shards.")
 _SHARD_MB = flags.DEFINE_integer("shard_mb", 256, "run: size of a shard, in MB.", lower_bound=1)
 _WORKERS = flags.DEFINE_integer("workers", None, "run: processes; by default one per core.")
-_MIN_SIDE = flags.DEFINE_integer("min_side", 1, "run: leave out images with a shorter side.")
-_MAX_ASPECT = flags.DEFINE_float("max_aspect", 200.0, "run: leave out images that are narrower.")
+_MIN_SIDE = flags.DEFINE_integer(
+    "min_side", 1, "run: leave out images with a shorter side.", lower_bound=1
+)
+_MAX_ASPECT = flags.DEFINE_float(
+    "max_aspect", 200.0, "run: leave out images that are narrower.", lower_bound=1
+)
 _DECODE = flags.DEFINE_bool("decode", False, "Also decode every image, not its header alone.")
 
 
@@ -52,13 +56,18 @@ def validate(path: str) -> None:
     source = formats.CorpusSource("corpus", corpus, "all")
     counts, places = collections.Counter(), set()
     for problem in validation.problems(source, _DECODE.value):
-        print(f"{problem.where}: {problem.reason}: {problem.detail}")
+        print(_line(f"{problem.where}: {problem.reason}: {problem.detail}"))
         counts[problem.reason] += 1
         places.add(problem.where)
     if counts:
         listed = ", ".join(f"{reason} {count}" for reason, count in counts.most_common())
         raise DataError(f"{len(places)} of {len(source)} records have problems: {listed}")
     print(f"{path}: {len(source)} records, nothing wrong")
+
+
+def _line(text: str) -> str:
+    """As one line of a terminal: names of files may hold anything, its commands included."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def run(path: str) -> None:

@@ -165,6 +165,9 @@ def test_the_door_prints_what_is_wrong_and_exits_65(folder):
         command = [sys.executable, "-m", "vlm_jax.prepare", "validate", str(path)]
         return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
+    odd = changed(id="8", images=["a.png", "\x1b[31m\n.png"])
+    bad = run(written(folder, GOOD, odd))
+    assert r"\x1b[31m\n.png" in bad.stdout and "\x1b" not in bad.stdout
     bad = run(written(folder, GOOD, BAD["image_count"]))
     assert bad.returncode == 65
     assert ":2: image_count: 1 images for 2 places" in bad.stdout
@@ -184,7 +187,33 @@ def test_an_array_is_cut_where_its_elements_end(tmp_path, monkeypatch, chunk, se
     found = records.JsonRecords(path)
     assert [found[i] for i in range(len(found))] == rows
     lines = [text[: text.index(json.dumps(r, ensure_ascii=False))].count("\n") + 1 for r in rows]
-    assert [found.where(i) for i in range(4)] == [f"{path}:{line}" for line in lines]
+    numbers = [f", record {i}" if separator == "," else "" for i in range(4)]
+    assert [found.where(i) for i in range(4)] == [
+        f"{path}:{line}{number}" for line, number in zip(lines, numbers, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 5])
+def test_numbers_go_on_behind_the_end_of_a_chunk(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(records, "_CHUNK", chunk)
+    path = tmp_path / "all.json"
+    path.write_text('{"version": 1.5e-7, "images": [-1.25, 2e+30, 0]}')
+    with open(path, "rb") as file:
+        assert records.sections(file, path)["images"].tolist() == [[31, 36], [38, 43], [45, 46]]
+
+
+def test_a_mark_of_byte_order_belongs_to_no_record(tmp_path):
+    path = written(tmp_path, b'\xef\xbb\xbf{"a": 1}', {"b": 2})
+    assert [records.JsonRecords(path)[i] for i in range(2)] == [{"a": 1}, {"b": 2}]
+
+
+def test_no_path_leads_out_of_the_folder_one_stands_in(folder, monkeypatch):
+    written(folder, changed(images=["../a.png", "../../a.png"]), changed(id="8"), name="own.jsonl")
+    monkeypatch.chdir(folder / "sub")
+    for images in ("", "..", "../sub/.."):
+        corpus = configs.Corpus("messages", {"train": "../own.jsonl"}, images)
+        (problem,) = validation.problems(formats.CorpusSource("own", corpus, "train"))
+        assert problem.reason == "path_outside"
 
 
 @pytest.mark.parametrize("chunk", [3, records._CHUNK])
@@ -208,6 +237,7 @@ def test_lines_are_records_and_blank_ones_are_not(tmp_path, monkeypatch, chunk, 
         ('[\n{"a": 1},', "line 2: not JSON"),
         ('[\n{"a": 1}', "line 2: the file ends behind it"),
         ('[\n{"a": 1}\n', "line 3: the end stands where one of ,"),
+        ('[{"a": 1}]\n[{"b": 1}]', r"line 2: '\[' stands where the file should end"),
     ],
 )
 def test_files_that_are_not_whole_are_refused(tmp_path, text, message):
@@ -288,6 +318,14 @@ def test_the_position_belongs_to_the_file(folder, small):
             two.set_state(json.loads(json.dumps(one.get_state())))
 
 
+def test_held_out_turns_without_a_place_in_the_template_are_counted(folder, small):
+    path = str(written(folder, GOOD, *rows_of(3)))
+    corpora = {"own": configs.Corpus("messages", {"validation": path})}
+    config = small(corpora=corpora, mixture={"own": 1.0}, template="mistral")
+    ((_, info),) = heldout.eval_batches(config, "validation", "own")
+    assert info.rejects == {("own", "no_place_for_turn"): 1}
+
+
 COCO = {
     "info": {"year": 2017, "images": [1]},
     "images": [{"id": 9, "file_name": "sub/b.png"}, {"id": -4, "file_name": "a.png"}],
@@ -338,6 +376,8 @@ def test_coco_annotations_that_are_wrong_are_counted(folder, change, reason):
         ("{3: []}", "a name is expected"),
         ('{"images": [{"id": 1}], "annotations": [{}]}', "image 0 lacks"),
         ("[]", "line 1"),
+        ('{"images": ["x"], "annotations": [{}]}', "image 0 cannot be used: not_an_object"),
+        ('{"images": [], "annotations": []} {}', "'{' stands where the file should end"),
     ],
 )
 def test_files_that_are_none_of_cocos_are_refused(tmp_path, text, message):

@@ -128,6 +128,98 @@ def test_shards_that_are_not_what_the_manifest_says_are_refused(corpus, tmp_path
         opened()
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shards": None},
+        {"shards": [5]},
+        {"shards": [{}]},
+        {"records": None},
+        {"shards": [], "records": 0},
+        {"name": "../out/x"},
+        {"name": 5},
+        {"records of it": -1},
+    ],
+    ids=str,
+)
+def test_manifests_that_lie_are_refused(corpus, tmp_path, change):
+    out = tmp_path / "out"
+    manifest = preparation.run(corpus, out, **LIMITS)
+    changes = {"name": change.pop("name", None), "records": change.pop("records of it", None)}
+    manifest["shards"][0] |= {k: v for k, v in changes.items() if v is not None}
+    (out / shards.MANIFEST).write_text(json.dumps(manifest | change))
+    with pytest.raises(DataError, match=r"manifest\.json says|no record"):
+        shards.ShardRecords(out)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "[" * 100_000])
+def test_a_plan_that_is_none_is_refused(corpus, tmp_path, text):
+    (tmp_path / preparation.PLAN).write_text(text)
+    with pytest.raises(ConfigError, match=r"plan\.json is no plan"):
+        preparation.run(corpus, tmp_path, **LIMITS)
+
+
+def test_two_runs_do_not_write_to_one_folder(corpus, tmp_path):
+    with preparation._alone(tmp_path), pytest.raises(ConfigError, match="another run writes to"):
+        preparation.run(corpus, tmp_path, **LIMITS)
+
+
+def test_a_corpus_that_changes_meanwhile_is_refused(corpus, tmp_path, monkeypatch):
+    keep = preparation._keep_to
+
+    def and_change(plan, out):
+        keep(plan, out)
+        with open(corpus.paths["all"], "a") as file:
+            file.write("\n{}")
+
+    monkeypatch.setattr(preparation, "_keep_to", and_change)
+    with pytest.raises(DataError, match="changed while it was read"):
+        preparation.run(corpus, tmp_path / "out", **LIMITS)
+
+
+LIMITED = """
+import resource, sys
+from vlm_jax import config, errors
+from vlm_jax.data import preparation
+from pathlib import Path
+if __name__ == "__main__":
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))
+    try:
+        corpus = config.Corpus("messages", {"all": sys.argv[1]})
+        preparation.run(corpus, Path(sys.argv[2]), shard_bytes=20_000)
+    except errors.StorageError as error:
+        print(error)
+"""
+
+
+def test_a_full_disk_is_named(corpus, tmp_path):
+    command = [sys.executable, "-c", LIMITED, corpus.paths["all"], str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert "write() failed" in done.stdout, done.stderr
+
+
+def test_workers_end_with_a_run_that_is_killed(corpus, tmp_path):
+    folder = os.path.dirname(corpus.paths["all"])
+    for i in range(7):
+        PIL.Image.effect_noise((900 + i, 700), 90).save(f"{folder}/{i}.png")
+    command = [sys.executable, "-m", "vlm_jax.prepare", "run", corpus.paths["all"]]
+    command += [f"--out={tmp_path / 'out'}", "--shard_mb=1", "--workers=1"]
+    job = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("out/shard-*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    job.kill()
+    job.wait()
+    try:
+        while time.monotonic() < deadline:
+            os.killpg(job.pid, 0)
+            time.sleep(0.05)
+        os.killpg(job.pid, signal.SIGKILL)
+        pytest.fail("workers outlive the run")
+    except ProcessLookupError:
+        pass
+
+
 def test_a_corpus_of_nothing_good_is_refused(tmp_path):
     (tmp_path / "bad.jsonl").write_text("{\n[")
     bad = configs.Corpus("messages", {"all": str(tmp_path / "bad.jsonl")})

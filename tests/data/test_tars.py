@@ -12,7 +12,7 @@ import pytest
 from vlm_jax import config as configs
 from vlm_jax.data import decoding, formats, images, validation
 from vlm_jax.data.example import BadExample, ImageRef, Turn
-from vlm_jax.errors import DataError
+from vlm_jax.errors import DataError, StorageError
 
 
 class Trap:
@@ -130,6 +130,7 @@ def test_a_shard_that_is_no_whole_tar_is_refused_by_name(tmp_path):
         "garbled": whole[:512] + b"\1" * 512 + b"\2" * 3000,
         "none": b"<html>",
         "nothing": b"",
+        "two": whole + whole,
     }.items():
         bad = tmp_path / f"{name}.tar"
         bad.write_bytes(data)
@@ -144,3 +145,39 @@ def test_members_too_large_are_counted_not_read(tmp_path, monkeypatch):
     source = opened(shard(tmp_path / "a.tar", [("0.png", png(0)), ("0.txt", b"x")]))
     with pytest.raises(BadExample, match="record_too_large"):
         source.example(0, np.random.default_rng(0))
+
+
+def test_sparse_members_are_not_read(tmp_path):
+    # In the old GNU form the bytes of the parts follow the header, without the holes.
+    info = tarfile.TarInfo("0.png")
+    info.type = tarfile.GNUTYPE_SPARSE
+    path = shard(tmp_path / "a.tar", [("0.txt", b"x"), ("1.txt", b"y")])
+    path.write_bytes(info.tobuf(tarfile.GNU_FORMAT) + path.read_bytes())
+    with pytest.raises(BadExample, match="no_image"):
+        opened(path).example(0, np.random.default_rng(0))
+
+
+def test_no_shard_is_held_open_and_one_that_is_gone_is_named(tmp_path):
+    for i in range(3):
+        shard(tmp_path / f"{i}.tar", [("0.png", png(i)), ("0.txt", b"x")])
+    before = len(os.listdir("/proc/self/fd"))
+    source = opened(tmp_path / "*.tar")
+    assert len(os.listdir("/proc/self/fd")) == before
+    (tmp_path / "1.tar").unlink()
+    with pytest.raises(StorageError, match=r"1\.tar, sample 0 cannot be read: No such file"):
+        source.example(1, np.random.default_rng(0))
+    (tmp_path / "1.tar").symlink_to("nowhere")
+    with pytest.raises(DataError, match=r"1\.tar is no whole tar"):
+        opened(tmp_path / "*.tar")
+
+
+@pytest.mark.parametrize("size", [-512, -1536])
+def test_members_of_less_than_nothing_are_refused(tmp_path, size):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        tar.addfile(tarfile.TarInfo("first"))
+        info = tarfile.TarInfo("0.png")
+        info.pax_headers = {"size": str(size)}  # the second leads back to this header
+        tar.addfile(info)
+    with pytest.raises(DataError, match=f"0.png has {size} bytes"):
+        opened(path)

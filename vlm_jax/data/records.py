@@ -12,11 +12,12 @@ import numpy as np
 from jaxtyping import Int
 
 from vlm_jax.data.example import BadExample
-from vlm_jax.errors import DataError
+from vlm_jax.errors import DataError, StorageError
 
 MAX_RECORD = 16 * 2**20  # bytes; a longer one is bad
 _CHUNK = 16 * 2**20
 _SPACE = b" \t\r\n"
+_BOM = b"\xef\xbb\xbf"  # editors of Windows begin files with it
 
 
 class JsonRecords:
@@ -50,11 +51,18 @@ class JsonRecords:
 
         Raises:
           BadExample: it is no JSON object, or too large.
+          StorageError: it cannot be read.
         """
         start, end = self.spans[index].tolist()
         if end - start > MAX_RECORD:
             raise BadExample("record_too_large", f"{end - start} bytes; expected <= {MAX_RECORD}")
-        return parse(os.pread(self._file.fileno(), end - start, start))
+        return parse(self._read(start, end))
+
+    def _read(self, start: int, end: int) -> bytes:
+        try:
+            return os.pread(self._file.fileno(), end - start, start)
+        except OSError as error:
+            raise StorageError(f"{self.path} cannot be read: {error.strerror}") from error
 
     @property
     def fingerprint(self) -> str:
@@ -62,8 +70,14 @@ class JsonRecords:
         return digest(self.spans)
 
     def where(self, index: int) -> str:
-        """The file, and its line on which record `index` begins."""
-        return f"{self.path}:{int(np.searchsorted(self._newlines, self.spans[index, 0])) + 1}"
+        """The file, its line on which record `index` begins, and which it is where lines share."""
+        line = self._line(index)
+        neighbours = [i for i in (index - 1, index + 1) if 0 <= i < len(self)]
+        shared = line in map(self._line, neighbours)
+        return f"{self.path}:{line}" + (f", record {index}" if shared else "")
+
+    def _line(self, index: int) -> int:
+        return int(np.searchsorted(self._newlines, self.spans[index, 0])) + 1
 
     @functools.cached_property
     def _newlines(self) -> Int[np.ndarray, " lines"]:
@@ -110,8 +124,10 @@ class CocoRecords(JsonRecords):
         return annotation | {"file_name": self._image(self._order[place])["file_name"]}
 
     def _image(self, index: int) -> dict[str, Any]:
-        start, end = self._images[index].tolist()
-        image = json.loads(os.pread(self._file.fileno(), end - start, start))
+        try:
+            image = parse(self._read(*self._images[index].tolist()))
+        except BadExample as error:
+            raise DataError(f"{self.path}: image {index} cannot be used: {error}") from error
         if not isinstance(image.get("id"), int) or not isinstance(image.get("file_name"), str):
             raise DataError(f"{self.path}: image {index} lacks an id or a file_name")
         return image
@@ -151,7 +167,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _spans(file, path: Path) -> Int[np.ndarray, "n 2"]:
     """Where each record begins and ends, in bytes."""
-    first = file.read(4096).lstrip(b"\xef\xbb\xbf" + _SPACE)[:1]
+    first = file.read(4096).removeprefix(_BOM).lstrip(_SPACE)[:1]
     return _elements(file, path) if first == b"[" else _lines(file)
 
 
@@ -167,7 +183,7 @@ def _lines(file) -> Int[np.ndarray, "n 2"]:
     ends = np.concatenate([np.zeros(0, np.int64), *_newlines(file)])
     size = os.fstat(file.fileno()).st_size
     ends = ends if len(ends) and ends[-1] == size - 1 else np.append(ends, size)
-    starts = np.concatenate([[0], ends[:-1] + 1])
+    starts = np.concatenate([[_after_mark(file)], ends[:-1] + 1])
     spans = np.stack([starts, ends], axis=1)
     # Only short lines can be blank; long ones need not be looked at.
     short = np.flatnonzero(ends - starts < 16)
@@ -177,9 +193,20 @@ def _lines(file) -> Int[np.ndarray, "n 2"]:
     return np.delete(spans, blank, axis=0)
 
 
+def _after_mark(file) -> int:
+    return len(_BOM) if os.pread(file.fileno(), len(_BOM), 0) == _BOM else 0
+
+
 def _elements(file, path: Path) -> Int[np.ndarray, "n 2"]:
-    spans = list(_Scanner(file, path).elements())
-    return np.array(spans, np.int64).reshape(-1, 2)
+    scanner = _Scanner(file, path)
+    spans = _array(scanner)
+    scanner.end()
+    return spans
+
+
+def _array(scanner: "_Scanner") -> Int[np.ndarray, "n 2"]:
+    # As they come: a million pairs of Python's numbers would take 130 MB.
+    return np.fromiter(scanner.elements(), np.dtype((np.int64, 2)))
 
 
 def sections(file, path: Path) -> dict[str, Int[np.ndarray, "n 2"]]:
@@ -191,9 +218,10 @@ def sections(file, path: Path) -> dict[str, Int[np.ndarray, "n 2"]]:
     scanner, found = _Scanner(file, path), {}
     for name in scanner.members():
         if scanner.next() == "[":
-            found[name] = np.array(list(scanner.elements()), np.int64).reshape(-1, 2)
+            found[name] = _array(scanner)
         else:
             scanner.value()
+    scanner.end()
     return found
 
 
@@ -209,9 +237,9 @@ class _Scanner:
         self._parse = json.JSONDecoder().raw_decode
         self._text, self._base, self._at = "", 0, 0
         file.seek(0)
-        while len(self._text) < 3 and self._more():
+        self._at = _after_mark(file)
+        while len(self._text) < self._at and self._more():
             pass
-        self._at = 3 if self._text.startswith("\xef\xbb\xbf") else 0
 
     def next(self) -> str:
         """The next character that is no white space; "" at the end."""
@@ -227,10 +255,12 @@ class _Scanner:
         while True:
             try:
                 _, end = self._parse(self._text, self._at)
-                # A number could go on in the next chunk.
-                whole, problem = end < len(self._text), "the file ends behind it"
+                # A number could go on in the next chunk; of "1." and "1e" the parser takes the 1.
+                whole = end < len(self._text) and self._text[end] not in ".eE"
+                problem = "the file ends behind it"
             except (ValueError, RecursionError) as error:
-                whole, problem = False, f"not JSON: {error}"
+                # Its lines would be those of a chunk.
+                whole, problem = False, f"not JSON: {getattr(error, 'msg', error)}"
             if whole:
                 break
             if len(self._text) - self._at > 2 * MAX_RECORD or not self._more():
@@ -250,11 +280,16 @@ class _Scanner:
         """The names of the next value, an object; whoever asks goes behind each one's value."""
         for _ in self._list("{}"):
             start, end = self.value()
-            name = json.loads(self._raw(start, end))
+            name = json.loads(self._raw(start, end).decode("utf-8", "replace"))
             if not isinstance(name, str):
                 raise self._wrong("a name is expected")
             self._expect(":")
             yield name
+
+    def end(self) -> None:
+        """Raises DataError where something follows: `cat a.json b.json` would lose b."""
+        if found := self.next():
+            raise self._wrong(f"{found!r} stands where the file should end")
 
     def _list(self, ends: str) -> Iterator[None]:
         """Once for each thing between two ends, with commas between them."""

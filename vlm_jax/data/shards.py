@@ -85,18 +85,23 @@ class ShardRecords:
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
         self.path, manifest = path, read_manifest(path)
-        self.shards = [Shard(**shard) for shard in manifest["shards"]]
+        self.shards = _shards(path, manifest)
         for shard in self.shards:
             found = (path / shard.name).stat().st_size if (path / shard.name).is_file() else None
             if found != shard.bytes:
                 said = "is missing" if found is None else f"has {found} bytes"
                 raise DataError(f"{path / shard.name} {said}; {MANIFEST} says {shard.bytes} bytes")
         filled = [str(path / shard.name) for shard in self.shards if shard.records]
-        self._source = ArrayRecordDataSource(filled) if filled else []
-        if len(self) != manifest["records"]:
-            raise DataError(
-                f"{path} holds {len(self)} records; {MANIFEST} says {manifest['records']}"
-            )
+        try:
+            self._source = ArrayRecordDataSource(filled) if filled else []
+            count = len(self)
+        except Exception as error:  # the reader raises what its C++ says
+            raise DataError(f"{path} holds no ArrayRecord shards: {error}") from error
+        if count != manifest.get("records"):
+            said = manifest.get("records")
+            raise DataError(f"{path} holds {count} records; {MANIFEST} says {said}")
+        if not count:
+            raise DataError(f"{path} holds no record")
 
     def __len__(self) -> int:
         return len(self._source)
@@ -142,8 +147,21 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{folder} has no {MANIFEST}; expected a folder that `python -m vlm_jax.prepare run` "
             "has finished"
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{folder / MANIFEST} cannot be read: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("version") != VERSION:
         raise DataError(f"{folder / MANIFEST} is not of version {VERSION}")
     return manifest
+
+
+def _shards(folder: Path, manifest: dict[str, Any]) -> list[Shard]:
+    """What a manifest says of its shards, which may be anything."""
+    said = manifest.get("shards")
+    for shard in said if isinstance(said, list) else [said]:
+        kinds = {name: type(value) for name, value in shard.items()} if type(shard) is dict else {}
+        if kinds != {"name": str, "records": int, "bytes": int, "sha256": str, "rejects": dict}:
+            raise DataError(f"{folder / MANIFEST} says {shard!r:.60}; expected a shard")
+        if Path(shard["name"]).name != shard["name"] or shard["records"] < 0:
+            given = f"{shard['name']!r:.60} with {shard['records']} records"
+            raise DataError(f"{folder / MANIFEST} says {given}; expected a file of that folder")
+    return [Shard(**shard) for shard in said]

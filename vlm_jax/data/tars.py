@@ -10,7 +10,7 @@ import os
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
@@ -18,7 +18,7 @@ from jaxtyping import Int
 from vlm_jax.data import decoding
 from vlm_jax.data.example import BadExample
 from vlm_jax.data.records import MAX_RECORD, digest, parse
-from vlm_jax.errors import DataError
+from vlm_jax.errors import DataError, StorageError
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 TEXTS = (".txt", ".json")  # the first one there is says the caption
@@ -61,11 +61,13 @@ class TarRecords:
         self.paths = sorted(glob.glob(os.fspath(path)))
         if not self.paths:
             raise DataError(f"{path} cannot be read: no such file; expected shards, as a/b-*.tar")
-        places = [place for i, shard in enumerate(self.paths) for place in _index(i, shard)]
-        if not places:
+        places = [
+            np.array(list(_index(i, shard)), np.int64).reshape(-1, len(_Place._fields))
+            for i, shard in enumerate(self.paths)
+        ]
+        self.spans: Int[np.ndarray, "n 6"] = np.concatenate(places)
+        if not len(self.spans):
             raise DataError(f"{path} holds no sample; expected members such as 000013.jpg")
-        self.spans: Int[np.ndarray, "n 6"] = np.array(places, np.int64)
-        self._files = [open(shard, "rb") for shard in self.paths]  # noqa: SIM115
 
     def __len__(self) -> int:
         return len(self.spans)
@@ -75,6 +77,7 @@ class TarRecords:
 
         Raises:
           BadExample: it lacks an image or a caption, or they are too large or unreadable.
+          StorageError: the shard cannot be read.
         """
         place = _Place(*self.spans[index].tolist())
         if place.image < 0:
@@ -84,9 +87,14 @@ class TarRecords:
         if place.image_size > decoding.MAX_BYTES or place.text_size > MAX_RECORD:
             sizes = f"{place.image_size} bytes of image and {place.text_size} of text"
             raise BadExample("record_too_large", sizes)
-        file = self._files[place.shard].fileno()
-        text = os.pread(file, place.text_size, place.text)
-        return Sample(os.pread(file, place.image_size, place.image), _caption(text, place.is_json))
+        try:
+            # Opened anew: a process may hold 1,024 files, and CC12M alone has 1,242 shards.
+            with open(self.paths[place.shard], "rb", buffering=0) as file:
+                text = os.pread(file.fileno(), place.text_size, place.text)
+                image = os.pread(file.fileno(), place.image_size, place.image)
+        except OSError as error:
+            raise StorageError(f"{self.where(index)} cannot be read: {error.strerror}") from error
+        return Sample(image, _caption(text, place.is_json))
 
     @property
     def fingerprint(self) -> str:
@@ -104,14 +112,17 @@ class TarRecords:
 def _index(number: int, path: str) -> Iterator[_Place]:
     """Where the samples of a shard lie, in the order of their first members."""
     found: dict[str, dict[str, tarfile.TarInfo]] = {}
-    size = os.path.getsize(path)
     try:
+        size = os.path.getsize(path)
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 tar.members.clear()  # or it keeps them all
+                if member.size < 0:  # PAX headers may say so, and tarfile would go back and loop
+                    raise tarfile.ReadError(f"{member.name} has {member.size} bytes")
                 folder, _, name = member.name.rpartition("/")
                 stem, dot, ending = name.partition(".")
-                if not member.isreg() or not dot or not stem:
+                # Of a sparse file only the parts between its holes are there.
+                if not member.isreg() or member.issparse() or not dot or not stem:
                     continue
                 if member.offset_data + member.size > size:
                     raise tarfile.ReadError(f"{member.name} ends behind the file")
@@ -123,6 +134,7 @@ def _index(number: int, path: str) -> Iterator[_Place]:
             end = tar.fileobj.read(tarfile.BLOCKSIZE)
             if end.strip(b"\0") or len(end) < tarfile.BLOCKSIZE:
                 raise tarfile.ReadError(f"no header and no end at byte {tar.offset}")
+            _expect_zeros(tar.fileobj)
     except (tarfile.TarError, OSError, ValueError) as error:
         raise DataError(f"{path} is no whole tar: {error}") from error
     for members in found.values():
@@ -131,6 +143,17 @@ def _index(number: int, path: str) -> Iterator[_Place]:
         if image is None and text is None:
             continue
         yield _Place(number, *_span(image), *_span(members.get(text)), int(text == ".json"))
+
+
+def _expect_zeros(file: BinaryIO) -> None:
+    """Raises ReadError where something follows the end: `cat a.tar b.tar` would lose b."""
+    while block := file.read(2**20):
+        if block.strip(b"\0"):
+            at = file.tell() - len(block)
+            raise tarfile.ReadError(
+                f"more behind its end, after byte {at}; expected one tar per file: name several as "
+                "a/b-*.tar"
+            )
 
 
 def _span(member: tarfile.TarInfo | None) -> tuple[int, int]:

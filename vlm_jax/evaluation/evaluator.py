@@ -110,8 +110,10 @@ class Evaluator:
         """Every score of a split and kind; keeps the samples."""
         examples = self._examples(split, kind, self.config.eval.final_examples)
         measured = self._final_losses(split, kind, models)
-        # What could not be read, or is too long for a row, has no loss and gets no answer.
-        examples = [e for e in examples if e.key in measured["right"][scores.MODEL]]
+        # What could not be read, or is too long for a row, has no loss and gets no answer; nor does
+        # what was to be shown the picture of such a one.
+        of_model = [by[scores.MODEL] for by in measured.values() if scores.MODEL in by]
+        examples = [e for e in examples if all(e.key in found for found in of_model)]
         labels = {"split": split, "kind": kind}
         return [
             *self._answer_scores(examples, models, labels),
