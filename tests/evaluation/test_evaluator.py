@@ -46,6 +46,14 @@ def test_a_model_without_images_has_losses_and_no_gap(config, tmp_path):
     assert set(scalars) == {f"eval/{split}/{kind}/loss" for split in SPLITS for kind in KINDS}
 
 
+def test_where_no_other_picture_is_to_be_shown_there_is_no_gap(tmp_path):
+    config = small.config(splits=("validation",), kinds=("caption",), examples=1, final_examples=1)
+    evaluator = Evaluator(config, tmp_path)
+    assert set(evaluator(3, small.parameters())) == {"eval/validation/caption/loss"}
+    found = evaluator.final(small.parameters())
+    assert {s.metric for s in found.rows} == {"exact", "cider", "loss"}
+
+
 def test_every_score_stands_beside_its_baselines(run):
     _, scores = run
     systems = {s.system for s in scores.rows if (s.kind, s.metric) == ("caption", "exact")}

@@ -62,7 +62,7 @@ def messages(record: Record) -> Parsed:
         _turn(said, "role", "content", f"messages[{i}]")
         for i, said in enumerate(_list(record, "messages"))
     ]
-    return _key(record), _paths(record, "images"), tuple(turns)
+    return _key(record), _paths(record), tuple(turns)
 
 
 def llava(record: Record) -> Parsed:
@@ -71,8 +71,7 @@ def llava(record: Record) -> Parsed:
         _turn(said, "from", "value", f"conversations[{i}]")
         for i, said in enumerate(_list(record, "conversations"))
     ]
-    name = "images" if "images" in record else "image"
-    return _key(record), _paths(record, name), tuple(turns)
+    return _key(record), _paths(record), tuple(turns)
 
 
 def coco(record: Record) -> Parsed:
@@ -173,7 +172,9 @@ def _list(record: Record, name: str) -> list:
     return found
 
 
-def _paths(record: Record, name: str) -> Sequence[str]:
+def _paths(record: Record) -> Sequence[str]:
+    """Of `images` or `image`, one path or several: both names are in use for both."""
+    name = "images" if "images" in record else "image"
     found = record.get(name)
     paths = [] if found is None else found if isinstance(found, list) else [found]
     for path in paths:

@@ -32,6 +32,8 @@ class JsonRecords:
 
     def __init__(self, path: Path):
         self.path = path
+        if path.exists() and not path.is_file():  # to open a pipe would wait for its other end
+            raise DataError(f"{path} is no file; expected one of JSON")
         try:
             self._file = open(path, "rb")  # noqa: SIM115 - as long as the records
             self.spans = self._index()

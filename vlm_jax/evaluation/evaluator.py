@@ -17,6 +17,7 @@ from jaxtyping import Array
 from vlm_jax import config as configs
 from vlm_jax.data import heldout
 from vlm_jax.data.example import Example
+from vlm_jax.errors import DataError
 from vlm_jax.evaluation import baselines, losses, questions, scores
 from vlm_jax.evaluation.predictor import Predictor
 from vlm_jax.evaluation.vision import Vision
@@ -58,7 +59,8 @@ class Evaluator:
         for split, kind in itertools.product(self.config.eval.splits, self.config.eval.kinds):
             right = losses.per_example(vision, self._batches(split, kind, "right"))
             scalars[f"eval/{split}/{kind}/loss"] = losses.total(right)
-            if self.config.data.images and kind == CAPTION:
+            limit = self.config.eval.examples
+            if kind == CAPTION and self._can_shuffle(split, kind, limit):
                 other = losses.per_example(vision, self._batches(split, kind, "shuffled"))
                 scalars[f"eval/{split}/{kind}/gap"] = losses.gap(right, other)
         return scalars
@@ -128,11 +130,20 @@ class Evaluator:
         measured: dict[str, dict] = {"right": {}, "shuffled": {}}
         for name, model in models.items():
             # Without images both would be the same.
-            shown = ("right", "shuffled") if model.config.data.images else ("right",)
+            both = model.config.data.images and self._can_shuffle(split, kind, limit)
+            shown = ("right", "shuffled") if both else ("right",)
             for images in shown:
                 batches = heldout.eval_batches(model.config, split, kind, limit, images)
                 measured[images][name] = losses.per_example(model.vision, batches)
         return measured
+
+    def _can_shuffle(self, split: str, kind: str, limit: int) -> bool:
+        """Whether there are other pictures to show; a file of one's own may have a single one."""
+        try:
+            heldout.shuffle_images(self._examples(split, kind, limit))
+        except DataError:
+            return False
+        return self.config.data.images
 
     def _answer_scores(
         self,
