@@ -146,7 +146,7 @@ class Data:
       mixture: weight per source, e.g. {"emoji:caption": 3.0, "emoji:choice": 1.0}.
       corpora: corpora of files by the name that the mixture calls them.
       tokenizer: "embedded", or the path of a Hugging Face tokenizer.json.
-      template: name of a chat template, a row of `data.chat.TEMPLATES`.
+      template: name of a chat template, a row of `data.templates.TEMPLATES`.
       attention: "causal", or "prefix" (prompt tokens, images among them, see each other).
       images: False trains the same config without images (the text-only baseline).
       rows: rows of the global batch, B.

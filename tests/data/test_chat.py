@@ -5,7 +5,7 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from vlm_jax.data import chat, tokenizer
+from vlm_jax.data import chat, templates, tokenizer
 from vlm_jax.data.example import ImageRef, Turn
 from vlm_jax.errors import ConfigError, DataError
 
@@ -53,7 +53,7 @@ SYSTEM = (
 
 
 def test_vicuna_is_byte_exact_and_learns_answers_and_their_ends(letters):
-    rendered = chat.render(chat.template("vicuna_v1"), letters, TALK, visual_tokens=2)
+    rendered = chat.render(templates.template("vicuna_v1"), letters, TALK, visual_tokens=2)
     assert marked(letters, rendered) == [
         f"<s>{SYSTEM} USER: <image><image>\nwhat is it? ASSISTANT:",
         "[ a red fox</s>]",
@@ -63,7 +63,7 @@ def test_vicuna_is_byte_exact_and_learns_answers_and_their_ends(letters):
 
 
 def test_vicuna_prompt_ends_at_the_colon(letters):
-    rendered = chat.render(chat.template("vicuna_v1"), letters, TALK[:1], 1, reply=True)
+    rendered = chat.render(templates.template("vicuna_v1"), letters, TALK[:1], 1, reply=True)
     assert spelled(letters, rendered.tokens) == (
         f"<s>{SYSTEM} USER: <image>\nwhat is it? ASSISTANT:"
     )
@@ -71,7 +71,7 @@ def test_vicuna_prompt_ends_at_the_colon(letters):
 
 
 def test_plain_throws_the_question_away_and_ends_with_a_line(letters):
-    plain = chat.template("plain")
+    plain = templates.template("plain")
     rendered = chat.render(plain, letters, TALK[:2], visual_tokens=3)
     assert marked(letters, rendered) == ["<s><image><image><image>", "[a red fox\n]"]
     prompt = chat.render(plain, letters, TALK[:1], 3, reply=True)
@@ -81,7 +81,7 @@ def test_plain_throws_the_question_away_and_ends_with_a_line(letters):
 
 def test_tiny_masks_by_turn_and_knows_where_images_stand():
     tok = tokenizer.load("embedded")
-    rendered = chat.render(chat.template("tiny"), tok, TALK, visual_tokens=2)
+    rendered = chat.render(templates.template("tiny"), tok, TALK, visual_tokens=2)
     bos, eos, image, user, assistant = range(1, 6)
     expected = [
         *[(bos, 0), (user, 0), (image, 0), (image, 0)],
@@ -110,8 +110,8 @@ def test_tiny_masks_by_turn_and_knows_where_images_stand():
 @pytest.mark.parametrize("name", ["tiny", "vicuna_v1", "plain"])
 def test_a_prompt_is_the_start_of_its_training_sequence(name, letters):
     tok = tokenizer.load("embedded") if name == "tiny" else letters
-    whole = chat.render(chat.template(name), tok, TALK, 2)
-    prompt = chat.render(chat.template(name), tok, TALK[:3], 2, reply=True)
+    whole = chat.render(templates.template(name), tok, TALK, 2)
+    prompt = chat.render(templates.template(name), tok, TALK[:3], 2, reply=True)
     np.testing.assert_array_equal(whole.tokens[: len(prompt.tokens)], prompt.tokens)
     assert whole.loss_weights[len(prompt.tokens) :].all()
 
@@ -119,7 +119,7 @@ def test_a_prompt_is_the_start_of_its_training_sequence(name, letters):
 def test_images_in_an_answer_are_not_learned():
     turns = (Turn("user", ("show",)), Turn("assistant", ("this ", ImageRef(0), " fox")))
     tok = tokenizer.load("embedded")
-    rendered = chat.render(chat.template("tiny"), tok, turns, 3)
+    rendered = chat.render(templates.template("tiny"), tok, turns, 3)
     start = rendered.image_spans[0].start
     assert rendered.loss_weights[start : start + 3].tolist() == [0, 0, 0]
     assert rendered.loss_weights[start - 1] == rendered.loss_weights[start + 3] == 1
@@ -127,6 +127,6 @@ def test_images_in_an_answer_are_not_learned():
 
 def test_unknown_names_are_refused():
     with pytest.raises(ConfigError, match="did you mean vicuna_v1"):
-        chat.template("vicuna")
+        templates.template("vicuna")
     with pytest.raises(DataError, match="role 'system'"):
-        chat.render(chat.template("tiny"), tokenizer.load("embedded"), [Turn("system", ())], 1)
+        chat.render(templates.template("tiny"), tokenizer.load("embedded"), [Turn("system", ())], 1)

@@ -10,7 +10,7 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from vlm_jax.data import chat, tokenizer
+from vlm_jax.data import chat, templates, tokenizer
 from vlm_jax.data.example import Turn
 from vlm_jax.weights import gguf, gguf_tokenizer
 
@@ -52,7 +52,7 @@ def assert_equals_jinja(name: str, ours: tokenizer.Tokenizer, path: pathlib.Path
     messages = [{"role": turn.role, "content": "".join(turn.parts)} for turn in talk]
     for count, reply in ((2, False), (4, False), (1, True), (3, True)):
         text = made.render(messages=messages[:count], add_generation_prompt=reply)
-        rendered = chat.render(chat.template(name), ours, talk[:count], 1, reply=reply)
+        rendered = chat.render(templates.template(name), ours, talk[:count], 1, reply=reply)
         assert rendered.tokens.tolist() == backend.encode(text, add_special_tokens=False).ids
 
 
@@ -62,7 +62,7 @@ def test_chatml_is_what_jinja_makes_of_the_frames(letters):
 
 def test_chatml_learns_answers_and_their_ends_only(letters):
     ours = tokenizer.load(str(letters))
-    rendered = chat.render(chat.template("chatml"), ours, TALK, 1)
+    rendered = chat.render(templates.template("chatml"), ours, TALK, 1)
     cuts = np.flatnonzero(np.diff(rendered.loss_weights)) + 1
     pieces = [
         ours.backend.decode(part.tolist(), skip_special_tokens=False)
@@ -72,7 +72,7 @@ def test_chatml_learns_answers_and_their_ends_only(letters):
     assert rendered.loss_weights[cuts[0]] == 1
     # The one that is spelled out is text.
     assert (rendered.tokens == ours.eos).sum() == 4
-    assert chat.end_token(chat.template("chatml"), ours) == ours.special("<|im_end|>")
+    assert chat.end_token(templates.template("chatml"), ours) == ours.special("<|im_end|>")
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """Every chat template: golden strings with what is learned, and the rules that all of them keep.
 
 A golden is the whole document as text, the learned parts in «», an image as `<image><image>`. They
-were written from the sources that `chat.TEMPLATES` names, not by `chat.render`.
+were written from the sources that `templates.TEMPLATES` names, not by `chat.render`.
 """
 
 import functools
@@ -12,7 +12,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from vlm_jax.data import chat, documents, sources, tokenizer
+from vlm_jax.data import chat, documents, sources, templates, tokenizer
 from vlm_jax.data.example import Example, ImageRef, Turn
 from vlm_jax.errors import DataError
 
@@ -240,13 +240,13 @@ ENDS = {
     "paligemma": GEMMA,
     "flamingo": BPE,
 }
-SYSTEM_TEXT = sorted(name for name, row in chat.TEMPLATES.items() if row.system is not None)
+SYSTEM_TEXT = sorted(name for name, row in templates.TEMPLATES.items() if row.system is not None)
 
 
 def marks(name: str) -> list[str]:
     """The special tokens of a template's family."""
     ends = ENDS.get(name, ("<s>", "</s>"))
-    return list(dict.fromkeys(["<unk>", *ends, "<image>", *chat.TEMPLATES[name].specials]))
+    return list(dict.fromkeys(["<unk>", *ends, "<image>", *templates.TEMPLATES[name].specials]))
 
 
 @functools.cache
@@ -289,7 +289,7 @@ def marked(backend: tokenizers.Tokenizer, tokens, weights) -> str:
 
 
 def test_every_template_has_its_goldens():
-    assert sorted(GOLDENS) == sorted(chat.TEMPLATES)
+    assert sorted(GOLDENS) == sorted(templates.TEMPLATES)
     assert [name for name in sorted(GOLDENS) if GOLDENS[name][2]] == SYSTEM_TEXT
 
 
@@ -301,7 +301,7 @@ def test_tokens_and_mask_are_the_golden_ones(name, talk, folder):
         return
     path = letters(name, folder)
     tok = tokenizer.load(str(path))
-    rendered = chat.render(chat.template(name), tok, (TWO, MANY, (OWN, *TWO))[talk], 2)
+    rendered = chat.render(templates.template(name), tok, (TWO, MANY, (OWN, *TWO))[talk], 2)
     assert marked(tok.backend, rendered.tokens, rendered.loss_weights) == golden
     # Every mark is one token: the ids are those of a tokenizer that reads marks as such.
     reader = tokenizers.Tokenizer.from_file(str(path))
@@ -332,7 +332,7 @@ def test_what_is_too_long_is_refused_whole(name, folder, small, spoiled):
 @pytest.mark.parametrize("kind", [letters, words])
 @pytest.mark.parametrize("name", GOLDENS)
 def test_a_prompt_is_the_start_of_its_training_sequence(name, kind, folder):
-    tok, row = tokenizer.load(str(kind(name, folder))), chat.template(name)
+    tok, row = tokenizer.load(str(kind(name, folder))), templates.template(name)
     whole = chat.render(row, tok, MANY, 2)
     prompt = chat.render(row, tok, MANY[:3], 2, reply=True)
     size = len(prompt.tokens)
@@ -343,7 +343,7 @@ def test_a_prompt_is_the_start_of_its_training_sequence(name, kind, folder):
 
 @pytest.mark.parametrize("name", GOLDENS)
 def test_the_end_of_an_answer_is_known(name, folder):
-    tok, row = tokenizer.load(str(letters(name, folder))), chat.template(name)
+    tok, row = tokenizer.load(str(letters(name, folder))), templates.template(name)
     rendered = chat.render(row, tok, MANY[:2], 2)
     *learned, last = rendered.tokens[rendered.loss_weights > 0].tolist()
     assert last == tok.eos or not row.last_eos
@@ -354,7 +354,7 @@ def test_the_end_of_an_answer_is_known(name, folder):
 
 def test_an_answer_that_is_encoded_apart_starts_with_a_word(folder):
     tok = tokenizer.load(str(words("mistral", folder)))
-    rendered = chat.render(chat.template("mistral"), tok, TWO[2:], 1)
+    rendered = chat.render(templates.template("mistral"), tok, TWO[2:], 1)
     learned = rendered.tokens[rendered.loss_weights > 0]
     spelled = "".join(tok.backend.id_to_token(int(i)) for i in learned)
     assert spelled == "▁In▁snow.</s>"
@@ -364,13 +364,13 @@ def test_an_answer_that_is_encoded_apart_starts_with_a_word(folder):
 def test_a_system_text_without_a_place_is_refused(name, folder):
     tok = tokenizer.load(str(letters(name, folder)))
     with pytest.raises(DataError, match="role 'system'"):
-        chat.render(chat.template(name), tok, (OWN, *TWO), 2)
+        chat.render(templates.template(name), tok, (OWN, *TWO), 2)
 
 
 @pytest.mark.parametrize("name", SYSTEM_TEXT)
 def test_a_system_text_comes_first_and_is_never_learned(name, folder):
     tok = tokenizer.load(str(letters(name, folder)))
-    row = chat.template(name)
+    row = templates.template(name)
     with pytest.raises(DataError, match="as the first 'system'"):
         chat.render(row, tok, (*TWO, OWN), 2)
     # An empty one takes the template's own away, and a mark spelled out in one is text.
@@ -389,7 +389,7 @@ def test_white_space_around_is_dropped_where_the_template_says_so(folder):
         ("mistral", f"[INST]  What{I}? \n [/INST]«\tA fox. </s>»"),
     ):
         tok = tokenizer.load(str(letters(name, folder)))
-        rendered = chat.render(chat.template(name), tok, loose, 2)
+        rendered = chat.render(templates.template(name), tok, loose, 2)
         assert expected in marked(tok.backend, rendered.tokens, rendered.loss_weights)
 
 
@@ -477,7 +477,7 @@ def test_text_is_what_transformers_makes_of_the_published_template(name, folder)
     from transformers.models.smolvlm import processing_smolvlm
 
     published = PUBLISHED | {"smolvlm": processing_smolvlm.DEFAULT_CHAT_TEMPLATE}
-    theirs, row = backend_of(name, folder), chat.template(name)
+    theirs, row = backend_of(name, folder), templates.template(name)
     ours = tokenizer.load(str(letters(name, folder)))
     content = as_list if name in SPELLED else lambda turn: "".join(turn.parts)
     talks = [LOOSE] + ([(OWN, *LOOSE)] if row.system else [])
@@ -516,6 +516,6 @@ def test_paligemma_is_what_its_processor_makes(folder):
             suffix=["a fox"],
             return_tensors="np",
         )
-        rendered = chat.render(chat.template("paligemma"), ours, turns, 2)
+        rendered = chat.render(templates.template("paligemma"), ours, turns, 2)
         np.testing.assert_array_equal(rendered.tokens, made["input_ids"][0])
         np.testing.assert_array_equal(rendered.loss_weights > 0, made["labels"][0] != -100)

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from vlm_jax.config import Config
-from vlm_jax.data import chat, images
+from vlm_jax.data import chat, images, templates
 from vlm_jax.data import tokenizer as tokenizers
 from vlm_jax.data.example import Example, Image, ImageRef, Turn
 from vlm_jax.data.tokenizer import Tokenizer
@@ -126,7 +126,7 @@ def render(
     """Tokens and loss weights of a conversation under the config's template, without pixels."""
     if not config.data.images:
         turns = [dataclasses.replace(turn, parts=_words(turn)) for turn in turns]
-    template = chat.template(config.data.template)
+    template = templates.template(config.data.template)
     return chat.render(template, tokenizer, turns, config.model.image_positions, reply)
 
 

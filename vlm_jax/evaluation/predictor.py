@@ -13,7 +13,7 @@ from PIL import Image as PilImage
 
 from vlm_jax import config as configs
 from vlm_jax.batch import Batch, Images
-from vlm_jax.data import chat, heldout
+from vlm_jax.data import chat, heldout, templates
 from vlm_jax.data import tokenizer as tokenizers
 from vlm_jax.data.decoding import BadImage, decode
 from vlm_jax.data.example import Example, Image
@@ -46,7 +46,7 @@ class Predictor:
         self.vision = vision or Vision(config, params)
         self.tokenizer = tokenizers.for_config(config)
         # Generation stops at one id: of an end of several, what comes before it is cut afterwards.
-        *rest, self._end = chat.end_tokens(chat.template(config.data.template), self.tokenizer)
+        *rest, self._end = chat.end_tokens(templates.template(config.data.template), self.tokenizer)
         self._rest = self.tokenizer.decode(rest)
 
     def generate(
