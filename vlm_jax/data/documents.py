@@ -59,7 +59,6 @@ def document(
       config: its model's sizes and `data` are read.
       tokenizer: of the run.
       rng: where augmentation is drawn from; None = evaluation, which changes nothing.
-
     """
     try:
         rendered = render(example.turns, config, tokenizer)

@@ -59,8 +59,8 @@ class Evaluator:
         for split, kind in itertools.product(self.config.eval.splits, self.config.eval.kinds):
             right = losses.per_example(vision, self._batches(split, kind, "right"))
             scalars[f"eval/{split}/{kind}/loss"] = losses.total(right)
-            limit = self.config.eval.examples
-            if kind == CAPTION and self._can_shuffle(split, kind, limit):
+            gap = self.config.data.images and kind == CAPTION
+            if gap and self._can_shuffle(split, kind, self.config.eval.examples):
                 other = losses.per_example(vision, self._batches(split, kind, "shuffled"))
                 scalars[f"eval/{split}/{kind}/gap"] = losses.gap(right, other)
         return scalars
@@ -143,7 +143,7 @@ class Evaluator:
             heldout.shuffle_images(self._examples(split, kind, limit))
         except DataError:
             return False
-        return self.config.data.images
+        return True
 
     def _answer_scores(
         self,
