@@ -64,9 +64,19 @@ class Model:
         return isinstance(self.connector, QFormer) and self.connector.vocab > 0
 
     @property
+    def pair(self) -> bool:
+        """Whether images and texts are embedded to be compared, and nothing is generated."""
+        return self.text is not None and self.decoder is None
+
+    @property
+    def tokens(self) -> int:
+        """Ids that what reads texts has embeddings for."""
+        return self.text.vocab if self.decoder is None else self.decoder.tokens
+
+    @property
     def visual_tokens(self) -> int:
-        """Visual tokens per image, Q."""
-        return self.connector.visual_tokens(self.encoders)
+        """Visual tokens per image, Q; none where no connector makes them."""
+        return 0 if self.connector is None else self.connector.visual_tokens(self.encoders)
 
     @property
     def visual_width(self) -> int:
@@ -229,6 +239,7 @@ class Train:
       contrastive: weight of the auxiliary loss that draws together the mean visual tokens of
         images with the same text.
       temperature: of the contrastive loss.
+      pairs: what a model of pairs minimises, "sigmoid" (SigLIP) or "softmax" (CLIP).
       ema: decay of the averaged weights that evaluation and export use; 0 = the last weights.
       log_every: steps between lines on the terminal and points in TensorBoard.
     """
@@ -248,6 +259,7 @@ class Train:
     bag_of_words: float = 0.0
     contrastive: float = 0.0
     temperature: float = 0.1
+    pairs: str = "sigmoid"
     ema: float = 0.0
     log_every: int = 10
 
@@ -398,6 +410,7 @@ def resolve(config: Mapping[str, Any]) -> Config:
 CHOICES = {
     "data.attention": ("causal", "prefix"),
     "train.optimizer": ("adamw", "muon"),
+    "train.pairs": ("sigmoid", "softmax"),
     "data.augment.background": ("white", "random"),
 }
 
@@ -411,7 +424,10 @@ def check(config: Config) -> None:
         _require(value in choices, path, value, f"one of {', '.join(choices)}")
     check_model(config.model, config.data.tokens)
     data, model = config.data, config.model
-    _require(model.decoder is not None, "model.decoder", None, "a decoder, to train or generate")
+    reads = model.decoder is not None or model.pair
+    _require(reads, "model.decoder", None, "a decoder, or a text tower beside an encoder")
+    if model.pair:
+        _check_pair(config)
     _check_mixtures(data)
     divides = data.lanes > 0 and data.rows % data.lanes == 0
     _require(divides, "data.lanes", data.lanes, f"a divisor of data.rows, {data.rows}")
@@ -459,6 +475,18 @@ def check(config: Config) -> None:
             data.tokens,
             f"room for an image's {model.image_positions} visual tokens and text",
         )
+
+
+def _check_pair(config: Config) -> None:
+    data, train = config.data, config.train
+    _require(data.images, "data.images", False, "True: a text tower compares texts with images")
+    _require(data.images_per_row == 1, "data.images_per_row", data.images_per_row, "1 of a pair")
+    length = config.model.text.length
+    _require(data.tokens == length, "data.tokens", data.tokens, f"the text tower's {length}")
+    for name in ("bag_of_words", "contrastive", "label_smoothing"):
+        _require(not getattr(train, name), f"train.{name}", getattr(train, name), "0 of pairs")
+    steps = config.eval.text_only_steps
+    _require(not steps, "eval.text_only_steps", steps, "0 of pairs")
 
 
 def _check_mixtures(data: Data) -> None:

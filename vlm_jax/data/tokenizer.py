@@ -109,13 +109,14 @@ def for_config(config: Config) -> Tokenizer:
     """The config's tokenizer.
 
     Raises:
-      ConfigError: it has more ids than the decoder has embeddings, or cannot be read; or the one
-        that the connector needs.
+      ConfigError: it has more ids than the decoder or text tower has embeddings, or cannot be
+        read; or the one that the connector needs.
     """
     tokenizer = load(config.data.tokenizer)
-    if tokenizer.size > config.model.decoder.tokens:
+    if tokenizer.size > config.model.tokens:
+        reader = "text" if config.model.pair else "decoder"
         raise ConfigError(
-            f"config.model.decoder.vocab is {config.model.decoder.tokens}; the tokenizer "
+            f"config.model.{reader}.vocab is {config.model.tokens}; the tokenizer "
             f"{config.data.tokenizer!r} needs at least {tokenizer.size}"
         )
     if config.model.instructed:

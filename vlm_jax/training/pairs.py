@@ -24,17 +24,19 @@ NEVER = -1e30  # not infinity: a row of nothing else would give gradients of NaN
 Loss = Callable[..., Float[Array, ""]]
 
 
-def spread(loss: Loss) -> Loss:
+def spread(loss: Loss, scalars: int = 2) -> Loss:
     """A loss of one device's part, as one of whole arrays whose pairs lie over the batch's axes.
 
     What it makes takes images [n, E], texts [n, E], there [n] (False for pairs that are padding),
     scale and bias of the similarities, and gives the mean over the pairs that are there. It is
     called under `jax.set_mesh`, and n is a multiple of the mesh's devices along those axes.
+
+    Args:
+      loss: one of LOSSES; or `hits`, which takes none of the last two.
+      scalars: how many it takes.
     """
-    rows = P(AXES)
-    return jax.shard_map(
-        loss, in_specs=(rows, rows, rows, P(), P()), out_specs=P(), axis_names=set(AXES)
-    )
+    specs = (P(AXES),) * 3 + (P(),) * scalars
+    return jax.shard_map(loss, in_specs=specs, out_specs=P(), axis_names=set(AXES))
 
 
 def sigmoid(
@@ -71,6 +73,20 @@ def softmax(
     )
     total = jnp.sum(jnp.where(there, both / 2 - right, 0.0))
     return jax.lax.psum(total, AXES) / _count(there)
+
+
+def hits(
+    images: Float[Array, "m E"], texts: Float[Array, "m E"], there: Bool[Array, " m"]
+) -> Float[Array, ""]:
+    """How many images of all devices have no text that is nearer than their own."""
+    right = jnp.sum(images * texts, axis=-1)
+
+    def block(top, texts, others, step):
+        return jnp.maximum(top, jnp.where(others, images @ texts.T, NEVER).max(axis=-1))
+
+    top = _ring(block, _varying(jnp.full(len(images), NEVER)), texts, there)
+    # The same product summed in another order may differ in its last bits.
+    return jax.lax.psum(jnp.sum(there & (right >= top - 1e-5)), AXES).astype(jnp.float32)
 
 
 def _normaliser(own, other, there, scale, bias) -> Float[Array, " m"]:
