@@ -11,9 +11,19 @@ import time
 PATIENCE = 60  # seconds for any answer, on a busy machine
 
 # What Chromium would otherwise ask of the network, or of a screen.
-OPTIONS = """--headless --remote-debugging-pipe --no-sandbox --disable-gpu --disable-quic
---disable-dev-shm-usage --no-first-run --disable-background-networking --disable-component-update
---disable-sync --hide-scrollbars""".split()
+OPTIONS = (
+    "--headless",
+    "--remote-debugging-pipe",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--disable-dev-shm-usage",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--hide-scrollbars",
+)
 
 
 @contextlib.contextmanager
@@ -32,7 +42,10 @@ def opened(chromium: str, path, profile, width: int = 1280, height: int = 1600):
     # Chromium reads 3 and writes 4.
     shell = ["bash", "-c", f'exec "$0" "$@" 3<&{theirs_in} 4>&{theirs_out}', *command]
     process = subprocess.Popen(
-        shell, pass_fds=(theirs_in, theirs_out), stderr=subprocess.DEVNULL, env=_environment(profile)
+        shell,
+        pass_fds=(theirs_in, theirs_out),
+        stderr=subprocess.DEVNULL,
+        env=_environment(profile),
     )
     os.close(theirs_in)
     os.close(theirs_out)

@@ -12,7 +12,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from vlm_jax.batch import Batch, Images
-from vlm_jax.data import pictures
 from vlm_jax.data.packing import Info
 
 # Of sources, in the order in which they come.
@@ -75,7 +74,7 @@ class Tally:
         "tokens", of which "visual" and "supervised", and the sum of their loss weights ("weight").
       rejects: by (source, reason).
       weights: tokens by loss weight, padding left out.
-      room, used: of "rows", "tokens", "image slots" and the patches of each encoder that takes them.
+      room, used: of "rows", "tokens", "image slots" and the patches of encoders that take them.
       lengths, images: of every document, by source.
     """
 
