@@ -9,7 +9,8 @@ a run would count: 0 where nothing is, 65 otherwise. `run` writes what can be us
 shards with a manifest, images and all, which the format `shards` reads; killed and started again it
 goes on and ends with the same bytes. `vlm_jax/data/formats.py` says how each format is written.
 `show` draws the first batches that a run of a config would train on: pictures as the encoders see
-them, tokens coloured by loss weight, packed documents apart, padding and counts by source.
+them, tokens coloured by loss weight, packed documents apart, padding and counts by source. It makes
+whole batches: for a config of pods, `--config.data.rows=8 --config.data.pool=32` is quicker.
 """
 
 import collections

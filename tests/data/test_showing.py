@@ -346,8 +346,8 @@ def test_a_browser_draws_the_page_without_complaint(small, folder, tmp_path):
         )
         # What is learned is drawn in another colour than what is not.
         colour = "getComputedStyle(document.querySelector('.text .s{}')).backgroundColor"
-        assert page.evaluate(colour.format(8)) == "rgba(34, 197, 94, 0.56)"
-        assert page.evaluate(colour.format(0)) != "rgba(34, 197, 94, 0.56)"
+        assert page.evaluate(colour.format(8)) == "rgba(34, 197, 94, 0.7)"
+        assert page.evaluate(colour.format(0)) != "rgba(34, 197, 94, 0.7)"
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         assert page.evaluate("document.querySelectorAll('script, iframe, object').length") == 0
         for scroll in ("0", "document.querySelector('.row').offsetTop"):
