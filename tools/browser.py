@@ -23,9 +23,11 @@ def installs() -> bool:
     if os.geteuid() or not shutil.which("apt-get"):
         return False
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    quiet = subprocess.DEVNULL  # what is wrong comes by the other way
     install = ["install", "--yes", "--quiet=2", "--no-install-recommends", PACKAGE]
     return all(
-        subprocess.run(["apt-get", *words], env=environment, check=False).returncode == 0
+        subprocess.run(["apt-get", *words], env=environment, stdout=quiet, check=False).returncode
+        == 0
         for words in (["update", "--quiet=2"], install)
     )
 
