@@ -22,14 +22,17 @@ def installs() -> bool:
     """Whether Debian's package manager installed one."""
     if os.geteuid() or not shutil.which("apt-get"):
         return False
+    install = ("install", "--yes", "--quiet=2", "--no-install-recommends", PACKAGE)
+    return _apt("update", "--quiet=2") and _apt(*install)
+
+
+def _apt(*words: str) -> bool:
+    """Whether it did so; what is wrong it says on its own."""
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    quiet = subprocess.DEVNULL  # what is wrong comes by the other way
-    install = ["install", "--yes", "--quiet=2", "--no-install-recommends", PACKAGE]
-    return all(
-        subprocess.run(["apt-get", *words], env=environment, stdout=quiet, check=False).returncode
-        == 0
-        for words in (["update", "--quiet=2"], install)
+    done = subprocess.run(
+        ["apt-get", *words], env=environment, stdout=subprocess.DEVNULL, check=False
     )
+    return done.returncode == 0
 
 
 if __name__ == "__main__":
