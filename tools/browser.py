@@ -1,7 +1,6 @@
 """A Chromium for the test that opens pages: finds one, or as root on a Debian installs one.
 
-Run by `make browser`. Where there is none to be had it says so and goes on: that test is skipped
-then, but fails where CI is set.
+Run by `make browser`. Where there is none to be had it says so and goes on: that test is skipped.
 """
 
 import os
