@@ -55,7 +55,7 @@ check: $(VENV)/.check $(VENV)/.pretrained browser
 	$(PYTEST) -m slow
 
 parity: $(VENV)/.check $(VENV)/.pretrained
-	$(PYTEST) -m slow tests/models tests/weights
+	$(PYTEST) -m slow tests/models tests/weights tests/training
 
 pretrained: $(VENV)/.pretrained
 
