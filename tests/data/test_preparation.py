@@ -15,7 +15,7 @@ import PIL.Image
 import pytest
 
 from vlm_jax import config as configs
-from vlm_jax.data import formats, preparation, shards, validation
+from vlm_jax.data import filters, formats, plans, preparation, shards, validation
 from vlm_jax.data.example import BadExample, ImageRef, Turn
 from vlm_jax.errors import ConfigError, DataError
 
@@ -47,7 +47,7 @@ def corpus(tmp_path):
 
 
 REJECTS = {"missing": 1, "not_json": 1, "too_narrow": 1, "too_small": 1, "truncated": 1}
-LIMITS = {"shard_bytes": 20_000, "min_side": 4, "max_aspect": 100.0}
+LIMITS = {"shard_bytes": 20_000, "limits": filters.Limits(min_side=4, max_aspect=100.0)}
 
 
 def contents(folder):
@@ -101,8 +101,10 @@ def test_processes_and_interrupted_runs_give_the_same_bytes(corpus, tmp_path, mo
 def test_two_plans_do_not_mix(corpus, tmp_path):
     preparation.run(corpus, tmp_path / "out", **LIMITS)
     with pytest.raises(ConfigError, match="was begun with min_side 4, not 5"):
-        preparation.run(corpus, tmp_path / "out", **LIMITS | {"min_side": 5})
-    (tmp_path / "out" / preparation.PLAN).unlink()
+        preparation.run(
+            corpus, tmp_path / "out", **LIMITS | {"limits": filters.Limits(5, 100.0)}
+        )
+    (tmp_path / "out" / plans.PLAN).unlink()
     with pytest.raises(ConfigError, match="shards without a plan"):
         preparation.run(corpus, tmp_path / "out", **LIMITS)
 
@@ -154,7 +156,7 @@ def test_manifests_that_lie_are_refused(corpus, tmp_path, change):
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "[" * 100_000])
 def test_a_plan_that_is_none_is_refused(corpus, tmp_path, text):
-    (tmp_path / preparation.PLAN).write_text(text)
+    (tmp_path / plans.PLAN).write_text(text)
     with pytest.raises(ConfigError, match=r"plan\.json is no plan"):
         preparation.run(corpus, tmp_path, **LIMITS)
 
@@ -165,14 +167,14 @@ def test_two_runs_do_not_write_to_one_folder(corpus, tmp_path):
 
 
 def test_a_corpus_that_changes_meanwhile_is_refused(corpus, tmp_path, monkeypatch):
-    keep = preparation._keep_to
+    keep = plans.keep_to
 
     def and_change(plan, out):
         keep(plan, out)
         with open(corpus.paths["all"], "a") as file:
             file.write("\n{}")
 
-    monkeypatch.setattr(preparation, "_keep_to", and_change)
+    monkeypatch.setattr(plans, "keep_to", and_change)
     with pytest.raises(DataError, match="changed while it was read"):
         preparation.run(corpus, tmp_path / "out", **LIMITS)
 
@@ -271,6 +273,8 @@ def test_killed_twenty_times_it_ends_with_the_same_bytes(corpus, tmp_path):
 
 
 def test_a_plan_names_its_shards():
-    plan = preparation.Plan("messages", "x", "", "f", records=21, per_shard=10)
+    known = plans.Known("messages", "x", "", "f", records=21)
+    plan = plans.Plan(known, per_shard=10)
     assert plan.shards == 3 and plan.name(2) == "shard-00002-of-00003.arrayrecord"
-    assert dataclasses.replace(plan, records=20).shards == 2
+    assert plan.span(2) == range(20, 21)
+    assert plans.Plan(dataclasses.replace(known, records=20), per_shard=10).shards == 2
