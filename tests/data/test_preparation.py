@@ -101,9 +101,7 @@ def test_processes_and_interrupted_runs_give_the_same_bytes(corpus, tmp_path, mo
 def test_two_plans_do_not_mix(corpus, tmp_path):
     preparation.run(corpus, tmp_path / "out", **LIMITS)
     with pytest.raises(ConfigError, match="was begun with min_side 4, not 5"):
-        preparation.run(
-            corpus, tmp_path / "out", **LIMITS | {"limits": filters.Limits(5, 100.0)}
-        )
+        preparation.run(corpus, tmp_path / "out", **LIMITS | {"limits": filters.Limits(5, 100.0)})
     (tmp_path / "out" / plans.PLAN).unlink()
     with pytest.raises(ConfigError, match="shards without a plan"):
         preparation.run(corpus, tmp_path / "out", **LIMITS)
