@@ -1,5 +1,6 @@
 """Prepared corpora: what goes in comes out or is counted, the same however often it is killed."""
 
+import collections
 import dataclasses
 import json
 import os
@@ -245,17 +246,21 @@ def test_killed_twenty_times_it_ends_with_the_same_bytes(corpus, tmp_path):
     def start(out):
         command = [sys.executable, "-m", "vlm_jax.prepare", "run", path, f"--out={out}"]
         command += ["--shard_mb=1", "--workers=2", "--min_side=4", "--max_aspect=100"]
+        command += ["--deduplicate", f"--against=messages:{evaluated}"]
         return subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
 
     # Large enough pictures for several shards of a megabyte.
     folder = os.path.dirname(path)
     for i in range(7):
         PIL.Image.effect_noise((900 + i, 700), 90).save(f"{folder}/{i}.png")
+    turns = [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "It."}]
+    evaluated = tmp_path / "in/evaluated.jsonl"
+    evaluated.write_text(json.dumps({"images": ["6.png"], "messages": turns}))
     assert start(tmp_path / "whole").wait() == 0
-    rng, killed = random.Random(0), 0
+    rng, killed, began = random.Random(0), 0, collections.Counter()
     while killed < 20:
         job = start(tmp_path / "out")
-        time.sleep(rng.uniform(0.3, 2.5))
+        time.sleep(rng.uniform(0.5, 6))
         if job.poll() is not None:  # it came to its end: once more from nothing
             for left in (tmp_path / "out").iterdir():
                 left.unlink()
@@ -263,10 +268,13 @@ def test_killed_twenty_times_it_ends_with_the_same_bytes(corpus, tmp_path):
         os.killpg(job.pid, signal.SIGKILL)
         job.wait()
         killed += 1
+        began.update({path.name.split("-")[0] for path in tmp_path.glob("out/*-*")})
+    print(began)
     assert start(tmp_path / "out").wait() == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     manifest = json.loads((tmp_path / "out" / shards.MANIFEST).read_text())
     assert manifest["records"] + sum(manifest["rejects"].values()) == COUNT
+    assert manifest["rejects"].keys() == {*REJECTS, "near_duplicate", "evaluation_image"}
     assert len(manifest["shards"]) > 3
 
 
