@@ -129,6 +129,45 @@ def test_shards_that_are_not_what_the_manifest_says_are_refused(corpus, tmp_path
         opened()
 
 
+def test_every_byte_of_the_shards_is_checked_on_demand(corpus, tmp_path):
+    out = tmp_path / "out"
+    manifest = preparation.run(corpus, out, **LIMITS)
+    assert list(shards.problems(out)) == []
+    first, second, third = (out / shard["name"] for shard in manifest["shards"][:3])
+    data = bytearray(first.read_bytes())
+    data[len(data) // 2] ^= 1
+    first.write_bytes(data)
+    second.unlink()
+    manifest["shards"][2]["records"] += 1
+    (out / shards.MANIFEST).write_text(json.dumps(manifest))
+    flipped, missing, miscounted, total = shards.problems(out)
+    assert first.name in flipped and "SHA-256" in flipped
+    assert second.name in missing and "is missing" in missing
+    assert third.name in miscounted and "records" in miscounted
+    assert total.endswith(f"those of its shards are {COUNT - 4}")
+
+
+def prepare(*words):
+    command = [sys.executable, "-m", "vlm_jax.prepare", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_what_is_wrong_with_shards_or_with_the_command_is_an_exit_code(corpus, tmp_path):
+    out = tmp_path / "out"
+    manifest = preparation.run(corpus, out, **LIMITS)
+    name = manifest["shards"][1]["name"]
+    (out / name).write_bytes(b"half")
+    done = prepare("check", out)
+    assert done.returncode == 65 and f"{name} has 4 bytes" in done.stdout
+    assert "1 problems; prepare it again" in done.stderr
+    run = "run", corpus.paths["all"], f"--out={tmp_path / 'other'}"
+    done = prepare(*run, "--max_aspect=nan")
+    assert done.returncode == 78 and "max_aspect is nan" in done.stderr
+    done = prepare(*run, "--against=all.jsonl")
+    assert done.returncode == 78 and "expected FORMAT:PATH[:IMAGES]" in done.stderr
+    assert not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -257,22 +296,26 @@ def test_killed_twenty_times_it_ends_with_the_same_bytes(corpus, tmp_path):
     evaluated = tmp_path / "in/evaluated.jsonl"
     evaluated.write_text(json.dumps({"images": ["6.png"], "messages": turns}))
     assert start(tmp_path / "whole").wait() == 0
-    rng, killed, began = random.Random(0), 0, collections.Counter()
-    while killed < 20:
-        job = start(tmp_path / "out")
-        time.sleep(rng.uniform(0.5, 6))
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    rng, during = random.Random(0), collections.Counter()
+    while during.total() < 20:
+        job = start(out)
+        # Each kill after some more files, or in the middle of one; or before there is any.
+        more = len(list(out.glob("*"))) + rng.randint(0, 9)
+        while job.poll() is None and len(list(out.glob("*"))) < more:
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.1))
         if job.poll() is not None:  # it came to its end: once more from nothing
-            for left in (tmp_path / "out").iterdir():
+            for left in out.iterdir():
                 left.unlink()
             continue
         os.killpg(job.pid, signal.SIGKILL)
         job.wait()
-        killed += 1
-        began.update({path.name.split("-")[0] for path in tmp_path.glob("out/*-*")})
-    print(began)
-    assert start(tmp_path / "out").wait() == 0
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-    manifest = json.loads((tmp_path / "out" / shards.MANIFEST).read_text())
+        during["shards" if (out / "dropped.json").exists() else "screening"] += 1
+    assert min(during["shards"], during["screening"]) >= 4
+    assert start(out).wait() == 0
+    assert contents(out) == contents(whole)
+    manifest = json.loads((out / shards.MANIFEST).read_text())
     assert manifest["records"] + sum(manifest["rejects"].values()) == COUNT
     assert manifest["rejects"].keys() == {*REJECTS, "near_duplicate", "evaluation_image"}
     assert len(manifest["shards"]) > 3
