@@ -29,6 +29,7 @@ BITS = 64
 # Of 255, in any of the cells of a picture: one that is 10 % brighter differs by 26.
 MAX_COLOUR = 32
 _CELLS = 4  # a side, in which colours are compared
+SIZE = BITS // 8 + 3 * _CELLS**2  # bytes of the signature of a picture
 _SIDE, _LOWEST = 32, 8  # imagehash's hash_size and highfreq_factor
 # The DCT-II without its factors, which change no sign. Scaled to integers: a sum of 32 x 32 pixels
 # of 255 times 2^40 stays below 2^63.
@@ -69,17 +70,10 @@ def sign(rgba: UInt8[np.ndarray, "h w 4"]) -> bytes:
     return bits.tobytes() + image.resize((_CELLS, _CELLS), Image.Resampling.BOX).tobytes()
 
 
-def read(signed: list[list[bytes]]) -> Signatures:
-    """Signatures of records that have equally many pictures.
-
-    Args:
-      signed: of each record, what `sign` gave of each picture.
-    """
-    width = 8 + 3 * _CELLS**2
-    raw = np.frombuffer(b"".join(itertools.chain(*signed)), np.uint8)
-    raw = raw.reshape(len(signed), -1, width)
-    hashes = np.ascontiguousarray(raw[..., :8]).view(">u8")[..., 0].astype(np.uint64)
-    return Signatures(hashes, raw[..., 8:])
+def read(signed: UInt8[np.ndarray, "n m bytes"]) -> Signatures:
+    """Signatures of n records of m pictures each, of what `sign` gave of each picture."""
+    hashes = np.ascontiguousarray(signed[..., :8]).view(">u8")[..., 0]
+    return Signatures(hashes.astype(np.uint64), signed[..., 8:])
 
 
 def firsts(records: Signatures, bits: int) -> Int[np.ndarray, " n"]:

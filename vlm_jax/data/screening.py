@@ -6,16 +6,15 @@ these files alone and is a file again. So each step can be done again, and the s
 functions of the plan and their number.
 """
 
-import collections
 import functools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgpack
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, UInt8
 
 from vlm_jax.data import decoding, duplicates, filters, plans
 from vlm_jax.data.example import BadExample
@@ -23,9 +22,6 @@ from vlm_jax.data.plans import Known, Plan
 from vlm_jax.errors import DataError, StorageError
 
 DROPPED = "dropped.json"
-
-# Of each record, the signatures of its pictures; None where it cannot be used.
-Signed = list[list[bytes] | None]
 
 
 class Task(NamedTuple):
@@ -38,6 +34,18 @@ class Task(NamedTuple):
 
     corpus: int
     number: int
+
+
+class Signed(NamedTuple):
+    """What was seen of n records.
+
+    Attributes:
+      counts: pictures of each; -1 where it cannot be used.
+      signed: what `duplicates.sign` gave of each picture, one record's after the other's.
+    """
+
+    counts: Int[np.ndarray, " n"]
+    signed: UInt8[np.ndarray, "pictures bytes"]
 
 
 def screen(plan: Plan, out: Path, each: Callable[[Callable, Sequence], None]) -> None:
@@ -56,13 +64,15 @@ def screen(plan: Plan, out: Path, each: Callable[[Callable, Sequence], None]) ->
         return
     tasks = [Task(c, n) for c, known in enumerate(_corpora(plan)) for n in _parts(plan, known)]
     each(functools.partial(look, plan, out), [t for t in tasks if _signed(plan, out, t) is None])
-    signed = [
-        [s for n in _parts(plan, known) for s in _signed(plan, out, Task(corpus, n))]
+    seen = [
+        _joined(_signed(plan, out, Task(corpus, n)) for n in _parts(plan, known))
         for corpus, known in enumerate(_corpora(plan))
     ]
     found = {
-        "dropped": {str(i): reject for i, reject in sorted(_dropped(plan, signed).items())},
-        "unread": {known.path: many.count(None) for known, many in zip(plan.against, signed[1:])},
+        "dropped": {str(i): reject for i, reject in sorted(_dropped(plan, seen).items())},
+        "unread": {
+            known.path: int((one.counts < 0).sum()) for known, one in zip(plan.against, seen[1:])
+        },
     }
     plans.write(out / DROPPED, json.dumps(found, ensure_ascii=False).encode())
 
@@ -72,21 +82,23 @@ def look(plan: Plan, out: Path, task: Task) -> None:
     known = _corpora(plan)[task.corpus]
     # What is evaluated on is not cleaned: whatever can be seen counts.
     limits = filters.FILTERS["none"] if task.corpus else plan.limits
-    source, signed = known.open(), []
+    source, counts, signed = known.open(), [], []
     for index in _part(plan, known, task.number):
         try:
-            signed.append(plans.cleaned(source, index, limits, duplicates.sign)[1])
+            _, found = plans.cleaned(source, index, limits, duplicates.sign)
+            counts.append(len(found))
+            signed += found
         except (BadExample, decoding.BadImage):
-            signed.append(None)
-    plans.write(_path(out, task), msgpack.packb(signed))
+            counts.append(-1)
+    plans.write(_path(out, task), msgpack.packb([counts, b"".join(signed)]))
 
 
 def usable(plan: Plan, out: Path, number: int) -> list[bool]:
     """Which of a shard's records, all of whose pictures have been looked at, can be used."""
-    signed = _signed(plan, out, Task(0, number))
-    if signed is None:
+    seen = _signed(plan, out, Task(0, number))
+    if seen is None:
         raise StorageError(f"{_path(out, Task(0, number))} is missing or damaged: run again")
-    return [pictures is not None for pictures in signed]
+    return (seen.counts >= 0).tolist()
 
 
 def dropped(out: Path) -> Mapping[str, tuple[str, str]]:
@@ -144,59 +156,65 @@ def _signed(plan: Plan, out: Path, task: Task) -> Signed | None:
     """What was seen of a part, if its file is whole."""
     expected = len(_part(plan, _corpora(plan)[task.corpus], task.number))
     try:
-        signed = msgpack.unpackb(_path(out, task).read_bytes())
-        return signed if len(signed) == expected else None
+        said, data = msgpack.unpackb(_path(out, task).read_bytes())
+        counts = np.array(said, np.int64)
+        signed = np.frombuffer(data, np.uint8).reshape(-1, duplicates.SIZE)
     except (OSError, ValueError, TypeError, msgpack.UnpackException):
         return None
+    whole = counts.shape == (expected,) and len(signed) == counts.clip(0).sum()
+    return Signed(counts, signed) if whole else None
 
 
-def _dropped(plan: Plan, signed: list[Signed]) -> dict[int, tuple[str, str]]:
+def _joined(parts: Iterable[Signed]) -> Signed:
+    counts, signed = zip(*parts)
+    return Signed(np.concatenate(counts), np.concatenate(signed))
+
+
+def _dropped(plan: Plan, seen: list[Signed]) -> dict[int, tuple[str, str]]:
     """Reason and detail by number, of all that is left out."""
-    own, *theirs = signed
-    found = dict(_evaluated(plan, own, theirs))
+    own, *theirs = seen
+    found: dict[int, tuple[str, str]] = {}
+    for known, evaluated in zip(plan.against, theirs, strict=True):
+        found = dict(_evaluated(known, own, evaluated, plan.near)) | found
     if plan.deduplicate:
-        # A record that is left out keeps no other out.
-        rest = [None if i in found else pictures for i, pictures in enumerate(own)]
-        found.update(_repeated(plan, rest))
+        found |= _repeated(plan, own, without=sorted(found))
     return found
 
 
 def _evaluated(
-    plan: Plan, own: Signed, theirs: list[Signed]
+    known: Known, own: Signed, evaluated: Signed, near: int
 ) -> Iterator[tuple[int, tuple[str, str]]]:
-    """Records that show what an evaluation shows."""
-    places, pictures = _pictures(own)
-    for known, many in zip(plan.against, theirs, strict=True):
-        owners, evaluated = _pictures(many)
-        if not evaluated:
-            raise DataError(f"{known.path} has no picture that can be read: nothing to look for")
-        if not pictures:
-            continue
-        found = duplicates.nearest(duplicates.read(evaluated), duplicates.read(pictures), plan.near)
-        source = known.open()
-        for place, picture in zip(places, found):
-            if picture >= 0:
-                where = source.records.where(owners[picture])
-                yield place, ("evaluation_image", f"near to a picture of {where}")
+    """Records that show what an evaluation shows, any of its pictures in any of theirs."""
+    if not len(evaluated.signed):
+        raise DataError(f"{known.path} has no picture that can be read: nothing to look for")
+    pictures, wanted = (duplicates.read(seen.signed[:, None]) for seen in (own, evaluated))
+    found = duplicates.nearest(wanted, pictures, near)
+    records, theirs = _owners(own), _owners(evaluated)
+    for picture in np.flatnonzero(found >= 0)[::-1].tolist():  # so that the first one counts
+        where = known.open().records.where(int(theirs[found[picture]]))
+        yield int(records[picture]), ("evaluation_image", f"near to a picture of {where}")
 
 
-def _pictures(signed: Signed) -> tuple[list[int], list[list[bytes]]]:
-    """Every picture as a record of its own, and the numbers of the records that they are of."""
-    places = [i for i, pictures in enumerate(signed) for _ in pictures or ()]
-    return places, [[picture] for pictures in signed for picture in pictures or ()]
+def _owners(seen: Signed) -> Int[np.ndarray, " pictures"]:
+    """The number of the record that each picture is of."""
+    return np.repeat(np.arange(len(seen.counts)), seen.counts.clip(0))
 
 
-def _repeated(plan: Plan, signed: Signed) -> Iterator[tuple[int, tuple[str, str]]]:
-    """Records that show what an earlier one shows: as many pictures, in the same order."""
-    by_count: dict[int, list[int]] = collections.defaultdict(list)
-    for index, pictures in enumerate(signed):
-        if pictures:  # records of text alone are none's duplicates
-            by_count[len(pictures)].append(index)
-    source = plan.corpus.open()
-    for indices in by_count.values():
-        owners: Int[np.ndarray, " n"] = duplicates.firsts(
-            duplicates.read([signed[i] for i in indices]), plan.near
-        )
+def _repeated(
+    plan: Plan, seen: Signed, without: list[int]
+) -> Iterator[tuple[int, tuple[str, str]]]:
+    """Records that show what an earlier one shows: as many pictures, in the same order.
+
+    Records of text alone are none's duplicates, and those `without` keep no other out.
+    """
+    starts = np.cumsum(seen.counts.clip(0)) - seen.counts.clip(0)
+    counts = seen.counts.copy()
+    counts[without] = -1
+    where = plan.corpus.open().records.where
+    for count in np.unique(counts[counts > 0]):
+        records = np.flatnonzero(counts == count)
+        signed = seen.signed[starts[records, None] + np.arange(count)]
+        owners = duplicates.firsts(duplicates.read(signed), plan.near)
         for place in np.flatnonzero(owners >= 0):
-            where = source.records.where(indices[owners[place]])
-            yield indices[place], ("near_duplicate", f"near to {where}, which is kept")
+            kept = where(int(records[owners[place]]))
+            yield int(records[place]), ("near_duplicate", f"near to {kept}, which is kept")
