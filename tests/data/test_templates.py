@@ -61,6 +61,16 @@ GOLDENS = {
         f"<s>{I}{I}«The first.\n»{I}«No.\n»",
         "",
     ),
+    "clip": (
+        f"<s>{I}«A fox.</s>In snow.</s>»",
+        f"<s>{I}{I}«The first.</s>»{I}«No.</s>»",
+        "",
+    ),
+    "siglip": (
+        f"{I}«A fox.</s>In snow.</s>»",
+        f"{I}{I}«The first.</s>»{I}«No.</s>»",
+        "",
+    ),
     "vicuna_v0": (
         f"<s>{HUMAN}###Human: {I}\nWhat is it?###Assistant:« A fox.###»"
         "Human: And where?###Assistant:« In snow.###»",

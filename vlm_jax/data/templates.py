@@ -127,6 +127,10 @@ TEMPLATES = {
     ),
     # LLaVA's first stage (train.py, preprocess_plain): image, caption, end of line; no prompt.
     "plain": Template(answer=("", "\n"), eos=False, user_text=False),
+    # What text towers read beside an image: the caption and its end (open_clip/tokenizer.py;
+    # big_vision's siglip configs, `tokenize(..., eos="sticky")`).
+    "clip": Template(user_text=False),
+    "siglip": Template(bos=False, user_text=False),
     # Vicuna v0 as it is prompted (LLaVA's conversation.py, conv_vicuna_v0, SeparatorStyle.SINGLE).
     "vicuna_v0": VICUNA_V0,
     # LLaVA-1.0 as it was trained (train.py, _add_speaker_and_signal, _mask_targets), which is not
