@@ -19,8 +19,8 @@ whole batches: for a config of pods, `--config.data.rows=8 --config.data.pool=32
 What is left out is counted by reason and listed in shard-*.rejects.jsonl. `--filters` is a row of
 `vlm_jax/data/filters.py`. `--deduplicate` leaves out records whose pictures an earlier record has
 nearly the same, whatever is said of them: it is meant for captions, not for a corpus that says
-several things of one picture (COCO, LLaVA), nor for pages of documents. `--against` leaves out records
-with a picture of a corpus for evaluation. `vlm_jax/data/duplicates.py` says what near is.
+several things of one picture (COCO, LLaVA), nor for pages of documents. `--against` leaves out
+records with a picture of a corpus for evaluation. `vlm_jax/data/duplicates.py` says what near is.
 
 `--engine=beam` runs the same functions on any runner of Apache Beam (extra `prepare`, in an
 environment of its own: it needs an older Pillow than ours). Workers on other machines must have
