@@ -73,7 +73,7 @@ def beam(function: Callable, tasks: Sequence, *, workers: int = 0, beam_options:
                 pipeline
                 | apache_beam.Create(list(tasks))
                 | apache_beam.Reshuffle()
-                | apache_beam.Map(function)
+                | "work" >> apache_beam.Map(function)
             )
     except VlmError:
         raise
