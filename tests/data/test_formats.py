@@ -309,13 +309,14 @@ def test_the_position_belongs_to_the_file(folder, small):
         corpus = configs.Corpus("messages", {"train": str(written(folder, *rows, name=name))})
         return pipeline.train_stream(small(corpora={"own": corpus}, mixture={"own": 1.0}))
 
-    with stream(rows_of(8), "one.jsonl") as one, stream(rows_of(8)[::-1], "two.jsonl") as two:
-        two.set_state(json.loads(json.dumps(one.get_state())))  # rows as long as these
+    with stream(rows_of(8), "one.jsonl") as one, stream(rows_of(8), "two.jsonl") as two:
+        two.set_state(json.loads(json.dumps(one.get_state())))  # a copy
     longer = rows_of(8)
     longer[3]["messages"][1]["content"] += "!"
-    with stream(rows_of(8), "one.jsonl") as one, stream(longer, "two.jsonl") as two:
-        with pytest.raises(ConfigError, match="corpora"):
-            two.set_state(json.loads(json.dumps(one.get_state())))
+    for other in (longer, rows_of(8)[::-1]):  # whose rows are as long as these
+        with stream(rows_of(8), "one.jsonl") as one, stream(other, "two.jsonl") as two:
+            with pytest.raises(ConfigError, match="corpora"):
+                two.set_state(json.loads(json.dumps(one.get_state())))
 
 
 def test_held_out_turns_without_a_place_in_the_template_are_counted(folder, small):

@@ -4,7 +4,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from vlm_jax.errors import DataError, StorageError
 
 MAX_RECORD = 16 * 2**20  # bytes; a longer one is bad
 _CHUNK = 16 * 2**20
+_BLOCK = 4096  # bytes of which a fingerprint is made,
+_BLOCKS = 256  # and how many of them it reads of all files of a corpus
 _SPACE = b" \t\r\n"
 _BOM = b"\xef\xbb\xbf"  # editors of Windows begin files with it
 
@@ -66,10 +68,10 @@ class JsonRecords:
         except OSError as error:
             raise StorageError(f"{self.path} cannot be read: {error.strerror}") from error
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
-        """Of where the records are."""
-        return digest(self.spans)
+        """Of where the records are and of samples of the file."""
+        return digest(self.spans, [self.path])
 
     def where(self, index: int) -> str:
         """The file, its line on which record `index` begins, and which it is where lines share."""
@@ -86,9 +88,27 @@ class JsonRecords:
         return np.concatenate([np.zeros(0, np.int64), *_newlines(self._file)])
 
 
-def digest(spans: Int[np.ndarray, "n _"]) -> str:
-    """Of where records are: it notices all edits of their files but those that move nothing."""
-    return hashlib.blake2b(np.ascontiguousarray(spans), digest_size=8).hexdigest()
+def digest(spans: Int[np.ndarray, "n _"], paths: Sequence[str | os.PathLike]) -> str:
+    """Of where records are and of blocks spread over their files.
+
+    It notices every edit that moves a record or changes a size, all edits of files of a megabyte,
+    and another file in a larger one's place; the times of files, which copies change, it ignores.
+
+    Raises:
+      StorageError: a file cannot be read.
+    """
+    found = hashlib.blake2b(np.ascontiguousarray(spans), digest_size=8)
+    each = max(2, _BLOCKS // len(paths))
+    for path in paths:
+        try:
+            with open(path, "rb", buffering=0) as file:
+                size = os.fstat(file.fileno()).st_size
+                found.update(size.to_bytes(8))
+                for at in np.unique(np.linspace(0, max(0, size - _BLOCK), each).astype(int)):
+                    found.update(os.pread(file.fileno(), _BLOCK, int(at)))
+        except OSError as error:
+            raise StorageError(f"{path} cannot be read: {error.strerror}") from error
+    return found.hexdigest()
 
 
 class CocoRecords(JsonRecords):
@@ -217,14 +237,37 @@ def sections(file, path: Path) -> dict[str, Int[np.ndarray, "n 2"]]:
     Raises:
       DataError: it is no whole JSON object.
     """
-    scanner, found = _Scanner(file, path), {}
+    return members(file, path)[0]
+
+
+def members(
+    file, path: Path
+) -> tuple[dict[str, Int[np.ndarray, "n 2"]], dict[str, tuple[int, int]]]:
+    """Where the elements of each array of a file's one object begin and end, and its other values.
+
+    Raises:
+      DataError: it is no whole JSON object.
+    """
+    scanner, arrays, others = _Scanner(file, path), {}, {}
     for name in scanner.members():
         if scanner.next() == "[":
-            found[name] = _array(scanner)
+            arrays[name] = _array(scanner)
         else:
-            scanner.value()
+            others[name] = scanner.value()
     scanner.end()
-    return found
+    return arrays, others
+
+
+def entries(file, path: Path) -> Int[np.ndarray, "n 2"]:
+    """Where each member of a file's one object begins, with its name, and ends.
+
+    Raises:
+      DataError: it is no whole JSON object.
+    """
+    scanner = _Scanner(file, path)
+    spans = np.fromiter(scanner.entries(), np.dtype((np.int64, 2)))
+    scanner.end()
+    return spans
 
 
 class _Scanner:
@@ -280,13 +323,23 @@ class _Scanner:
 
     def members(self) -> Iterator[str]:
         """The names of the next value, an object; whoever asks goes behind each one's value."""
-        for _ in self._list("{}"):
-            start, end = self.value()
+        for start, end in self._names():
             name = json.loads(self._raw(start, end).decode("utf-8", "replace"))
             if not isinstance(name, str):
                 raise self._wrong("a name is expected")
-            self._expect(":")
             yield name
+
+    def entries(self) -> Iterator[tuple[int, int]]:
+        """Where each member of the next value, an object, begins and ends."""
+        for start, _ in self._names():
+            yield start, self.value()[1]
+
+    def _names(self) -> Iterator[tuple[int, int]]:
+        """Where each name of the next value, an object, is; stands behind its colon."""
+        for _ in self._list("{}"):
+            span = self.value()
+            self._expect(":")
+            yield span
 
     def end(self) -> None:
         """Raises DataError where something follows: `cat a.json b.json` would lose b."""
