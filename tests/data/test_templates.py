@@ -61,6 +61,11 @@ GOLDENS = {
         f"<s>{I}{I}«The first.\n»{I}«No.\n»",
         "",
     ),
+    "interleaved": (
+        f"<s>{I}What is it?«A fox.»And where?«In snow.</s>»",
+        f"<s>{I}{I}Which is red?«The first.»Is {I} too?«No.</s>»",
+        "",
+    ),
     "vicuna_v0": (
         f"<s>{HUMAN}###Human: {I}\nWhat is it?###Assistant:« A fox.###»"
         "Human: And where?###Assistant:« In snow.###»",
@@ -347,7 +352,7 @@ def test_the_end_of_an_answer_is_known(name, folder):
     rendered = chat.render(row, tok, MANY[:2], 2)
     *learned, last = rendered.tokens[rendered.loss_weights > 0].tolist()
     assert last == tok.eos or not row.last_eos
-    answer = learned if row.last_eos else [*learned, last]
+    answer = learned if row.last_eos and row.answer[1] else [*learned, last]
     ends = chat.end_tokens(row, tok)
     assert answer[-len(ends) :] == ends and chat.end_token(row, tok) == ends[-1]
 

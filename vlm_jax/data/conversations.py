@@ -21,20 +21,22 @@ ROLES = {
 
 def messages(record: Record) -> Parsed:
     """A conversation as chat APIs have it."""
-    turns = [
-        _turn(said, "role", "content", f"messages[{i}]")
-        for i, said in enumerate(_list(record, "messages"))
-    ]
-    return key_of(record), _paths(record), tuple(turns)
+    return key_of(record), _paths(record), of_messages(record)
 
 
 def llava(record: Record) -> Parsed:
     """A conversation as LLaVA's authors write it."""
-    turns = [
-        _turn(said, "from", "value", f"conversations[{i}]")
-        for i, said in enumerate(_list(record, "conversations"))
-    ]
-    return key_of(record), _paths(record), tuple(turns)
+    return key_of(record), _paths(record), of_llava(record)
+
+
+def of_messages(record: Record) -> tuple[Turn, ...]:
+    """The turns of `messages`."""
+    return _turns(record, "messages", "role", "content")
+
+
+def of_llava(record: Record) -> tuple[Turn, ...]:
+    """The turns of `conversations`."""
+    return _turns(record, "conversations", "from", "value")
 
 
 def shown(answer: str, question: str = "") -> tuple[Turn, ...]:
@@ -74,17 +76,27 @@ def _paths(record: Record) -> Sequence[str]:
     return paths
 
 
+def _turns(record: Record, name: str, role: str, content: str) -> tuple[Turn, ...]:
+    return tuple(
+        _turn(said, role, content, f"{name}[{i}]") for i, said in enumerate(_list(record, name))
+    )
+
+
 def _turn(said: Any, role: str, content: str, where: str) -> Turn:
     if not isinstance(said, dict) or role not in said or content not in said:
         raise BadExample("bad_turn", f"{where} is {short(said)}; expected {role} and {content}")
     if not isinstance(said[role], str) or said[role] not in ROLES:
         known = ", ".join(ROLES)
         raise BadExample("unknown_role", f"{where}.{role} is {said[role]!r}; expected {known}")
-    return Turn(ROLES[said[role]], tuple(_parts(said[content], f"{where}.{content}")))
+    return Turn(ROLES[said[role]], tuple(parts_of(said[content], f"{where}.{content}")))
 
 
-def _parts(content: Any, where: str) -> list[Part]:
-    """Text and images in order; images are numbered by `numbered`."""
+def parts_of(content: Any, where: str) -> list[Part]:
+    """Text and images in order; images are numbered by `numbered`.
+
+    Raises:
+      BadExample: it is neither text nor a list of parts.
+    """
     if isinstance(content, str):
         pieces = re.split(f"({PLACEHOLDER})", content)
         return [ImageRef(-1) if piece == PLACEHOLDER else piece for piece in pieces if piece]

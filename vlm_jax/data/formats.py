@@ -23,9 +23,10 @@ from typing import Any
 import numpy as np
 
 from vlm_jax.config import Corpus
-from vlm_jax.data import conversations, shards, tars
+from vlm_jax.data import conversations, interleaved, rows, shards, tars, vqa
 from vlm_jax.data.conversations import Parsed, Record
 from vlm_jax.data.example import BadExample, Example
+from vlm_jax.data.parquet import ParquetRecords
 from vlm_jax.data.records import CocoRecords, JsonRecords
 from vlm_jax.errors import ConfigError
 from vlm_jax.schema import unknown_key
@@ -61,6 +62,12 @@ FORMATS = {
     "messages": Format(JsonRecords, conversations.messages),
     "llava": Format(JsonRecords, conversations.llava),
     "coco": Format(CocoRecords, coco),
+    "vqa": Format(vqa.VqaRecords, vqa.vqa),
+    "textvqa": Format(vqa.TextVqaRecords, vqa.text_vqa),
+    "gqa": Format(vqa.GqaRecords, vqa.gqa),
+    "parquet": Format(lambda path: ParquetRecords(path, rows.columns), rows.parse),
+    "obelics": Format(interleaved.pages, interleaved.obelics),
+    "mmc4": Format(JsonRecords, interleaved.mmc4),
     "webdataset": Format(tars.TarRecords, captioned),
     "shards": Format(shards.ShardRecords, shards.unpack),
 }

@@ -60,7 +60,10 @@ class JsonRecords:
         start, end = self.spans[index].tolist()
         if end - start > MAX_RECORD:
             raise BadExample("record_too_large", f"{end - start} bytes; expected <= {MAX_RECORD}")
-        return parse(self._read(start, end))
+        return self._parse(self._read(start, end))
+
+    def _parse(self, data: bytes) -> dict[str, Any]:
+        return parse(data)
 
     def _read(self, start: int, end: int) -> bytes:
         try:

@@ -127,6 +127,9 @@ TEMPLATES = {
     ),
     # LLaVA's first stage (train.py, preprocess_plain): image, caption, end of line; no prompt.
     "plain": Template(answer=("", "\n"), eos=False, user_text=False),
+    # Web pages as base models read them (`interleaved.py`): texts and images, nothing between them,
+    # and the end of a page is learned.
+    "interleaved": Template(apart=True, eos=False, last_eos=True),
     # Vicuna v0 as it is prompted (LLaVA's conversation.py, conv_vicuna_v0, SeparatorStyle.SINGLE).
     "vicuna_v0": VICUNA_V0,
     # LLaVA-1.0 as it was trained (train.py, _add_speaker_and_signal, _mask_targets), which is not
