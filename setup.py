@@ -48,6 +48,8 @@ EXTRAS = {
     "cuda": jax_with("cuda12"),
     # Purposes
     "prepare": [],  # building data sets needs no more than a run does
+    "corpora": ["pyarrow>=18", "pypdfium2>=5"],  # parquet files, pages of PDFs
+    "tfds": ["tensorflow-datasets>=4.9.7"],  # without TensorFlow
     "pretrained": ["gguf>=0.17", "huggingface_hub>=0.30"],
     "tracking": ["wandb>=0.19"],
     "notebooks": ["ipykernel>=6.29", "jupyterlab>=4.3", "nbclient>=0.10", "nbformat>=5.10"],
@@ -55,6 +57,8 @@ EXTRAS = {
     "dev": [
         "gguf>=0.17",
         "import-linter>=2.2",
+        "pyarrow>=18",
+        "pypdfium2>=5",
         "pytest>=8.3",
         "pytest-xdist>=3.6",
         "ruff>=0.9",
@@ -67,6 +71,7 @@ EXTRAS = {
         "nbformat>=5.10",
         "torch==2.13.0",
         "pycocoevalcap>=1.2",
+        "tensorflow-datasets>=4.9.7",
         "transformers>=5",
     ],
 }

@@ -23,11 +23,12 @@ from typing import Any
 import numpy as np
 
 from vlm_jax.config import Corpus
-from vlm_jax.data import conversations, interleaved, rows, shards, tars, vqa
+from vlm_jax.data import conversations, interleaved, pages, rows, shards, tars, vqa
 from vlm_jax.data.conversations import Parsed, Record
 from vlm_jax.data.example import BadExample, Example
 from vlm_jax.data.parquet import ParquetRecords
 from vlm_jax.data.records import CocoRecords, JsonRecords
+from vlm_jax.data.tfds import TfdsRecords
 from vlm_jax.errors import ConfigError
 from vlm_jax.schema import unknown_key
 
@@ -68,6 +69,8 @@ FORMATS = {
     "parquet": Format(lambda path: ParquetRecords(path, rows.columns), rows.parse),
     "obelics": Format(interleaved.pages, interleaved.obelics),
     "mmc4": Format(JsonRecords, interleaved.mmc4),
+    "pages": Format(pages.PageRecords, captioned),
+    "tfds": Format(TfdsRecords, rows.parse),
     "webdataset": Format(tars.TarRecords, captioned),
     "shards": Format(shards.ShardRecords, shards.unpack),
 }

@@ -1,0 +1,127 @@
+"""Pages of scanned and printed documents with their text: PDFA and OCR-IDL as they are published.
+
+Both are WebDataset shards of PDFs, each beside a .json of the same name whose `pages` hold the text
+of each page: PDFA's as `lines` and `words` of `text`, OCR-IDL's as a list of lines. A page is an
+example: a picture of it, and its lines in the order of the file. A page that the JSON says no text
+of has that of the PDF itself. How many pages there are is read from the JSON, or else from the PDF,
+when the corpus is opened: prepare a large one first.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vlm_jax.data import decoding, pdf
+from vlm_jax.data.example import BadExample
+from vlm_jax.data.records import MAX_RECORD, parse
+from vlm_jax.data.tars import Sample, Tars, grouped, span
+
+MAX_PAGES = 1000  # of a document; one with more is one bad record
+
+
+class _Place(NamedTuple):
+    """Where a page lies: -1 for what it lacks."""
+
+    shard: int
+    pdf: int
+    pdf_size: int
+    json: int
+    json_size: int
+    page: int
+    pages: int
+
+
+class PageRecords(Tars):
+    """The pages of all documents of all shards that a pattern names.
+
+    Args:
+      path: of one shard, or with `*`, `?` and `[]` of several.
+
+    Raises:
+      ConfigError: pypdfium2 is not installed, and a PDF has no JSON.
+      DataError: no such file, or a shard that is no whole tar.
+    """
+
+    def __init__(self, path: Path):
+        super().__init__(path, _index, "000013.pdf")
+
+    def __getitem__(self, index: int) -> Sample:
+        """Page `index`.
+
+        Raises:
+          BadExample: it has no PDF or no text, or either is too large or cannot be read.
+          StorageError: the shard cannot be read.
+        """
+        place = _Place(*self.spans[index].tolist())
+        if place.pdf < 0:
+            raise BadExample("no_pdf", "expected a member that ends in .pdf")
+        if place.pages > MAX_PAGES:
+            raise BadExample("too_many_pages", f"{place.pages}; expected at most {MAX_PAGES}")
+        if place.pdf_size > decoding.MAX_BYTES or place.json_size > MAX_RECORD:
+            sizes = f"{place.pdf_size} bytes of PDF and {place.json_size} of JSON"
+            raise BadExample("record_too_large", sizes)
+        data, said = self.read(
+            index, (place.pdf, place.pdf_size), (max(place.json, 0), place.json_size)
+        )
+        text = page_text(parse(said), place.page) if place.json >= 0 else ""
+        page = pdf.page(data, place.page)
+        if not (text or page.text).strip():
+            raise BadExample("no_text", f"page {place.page + 1} has none, in JSON or PDF")
+        return Sample(page.image, text or page.text)
+
+    def where(self, index: int) -> str:
+        """The shard of page `index`, how many-eth it is there, and which of its document."""
+        return f"{super().where(index)}, page {self.spans[index, 5] + 1}"
+
+
+def page_text(record: Mapping[str, Any], number: int) -> str:
+    """The text of a page as its JSON has it; "" where it says none.
+
+    Raises:
+      BadExample: it is not as PDFA or OCR-IDL write it.
+    """
+    found = record.get("pages", [])
+    if not isinstance(found, list) or not all(isinstance(page, dict) for page in found):
+        raise BadExample("bad_pages", "pages is no list of objects")
+    page = found[number] if number < len(found) else {}
+    for part, between in ((page.get("lines"), "\n"), (page, "\n"), (page.get("words"), " ")):
+        texts = part.get("text") if isinstance(part, dict) else None
+        if texts and not (isinstance(texts, list) and all(isinstance(t, str) for t in texts)):
+            raise BadExample("bad_pages", f"text of page {number + 1} is no list of texts")
+        if texts:
+            return between.join(texts)
+    return ""
+
+
+def _index(number: int, path: str) -> Iterator[_Place]:
+    """Where the pages of a shard lie, in the order of its documents."""
+    with open(path, "rb") as file:
+        for members in grouped(path):
+            places = span(members.get(".pdf")), span(members.get(".json"))
+            if max(at for at, _ in places) < 0:
+                continue
+            count = _pages(*(_raw(file, at, size) for at, size in places))
+            for page in range(count if count <= MAX_PAGES else 1):
+                yield _Place(number, *places[0], *places[1], page, count)
+
+
+def _raw(file, at: int, size: int) -> bytes:
+    if at < 0 or size > decoding.MAX_BYTES:
+        return b""
+    file.seek(at)
+    return file.read(size)
+
+
+def _pages(data: bytes, said: bytes) -> int:
+    """How many pages a document has; one where that cannot be known, and reading it says why."""
+    try:
+        found = json.loads(said).get("pages")
+    except (ValueError, AttributeError, RecursionError):
+        found = None
+    if isinstance(found, list) and found:
+        return len(found)
+    try:
+        return max(1, pdf.pages(data))
+    except BadExample:
+        return 1
