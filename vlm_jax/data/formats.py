@@ -10,7 +10,24 @@
 images in the order in which they stand. `llava` is what LLaVA, ShareGPT4V and most that came after
 are published in: `conversations` of `from` and `value`, and `image`, a path or several.
 `coco` is the captions' own JSON, e.g. captions_train2017.json beside the folder train2017.
+
+`parquet` is a file, a folder or a pattern of files of tables as Hugging Face has them, images and
+all: The Cauldron's and FineVision's `images` and `texts`, or `image` or `images` with `messages`,
+`conversations`, `question` and `answer` or `answers`, or `caption` or `text` (`rows.py`).
+`tfds` is a data set that TFDS prepared as ArrayRecord files: FOLDER/1.0.0:SPLIT, known likewise.
+ArrayRecord files that neither TFDS nor we wrote say nothing of what their records hold: there is no
+format for them.
+
+`vqa` is the questions' JSON of VQAv2 or OK-VQA beside that of their annotations; `textvqa` and
+`gqa` are these data sets' own. `images` is the folder of COCO's, Open Images' or Visual Genome's
+pictures then, and the answer that is given most is learned (`vqa.py`).
+
+`obelics` is a web page per row of parquet or line of JSON: `images` and `texts` of equal length,
+one of which is null at each place; an image is bytes or a path, not a URL. `mmc4` is MMC4's lines
+of `text_list` and `image_info`. All text is learned in the order it is read (`interleaved.py`).
+
 `webdataset` is what img2dataset makes of CC3M, CC12M or LAION: shards of images and captions.
+`pages` is PDFA or OCR-IDL: such shards of PDFs and their text, a page an example (`pages.py`).
 `shards` is a folder that `python -m vlm_jax.prepare run` wrote of any of these.
 """
 

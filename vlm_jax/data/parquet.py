@@ -10,7 +10,7 @@ import functools
 import glob
 import os
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from vlm_jax.errors import ConfigError, DataError, StorageError
 PART_BYTES = 64 * 2**20  # of the rows that are read at once, as the footer says
 PART_ROWS = 1024  # of them: a footer may say less than a page that repeats one value unpacks to
 CACHE_BYTES = 256 * 2**20  # of parts that are kept
+FOOTERS = 16  # of files that are kept: a thousand groups take some milliseconds and MB
 
 
 class _Group(NamedTuple):
@@ -50,7 +51,8 @@ class ParquetRecords:
 
     def __init__(self, path: Path, columns: Callable[[Collection[str]], Sequence[str]]):
         self.paths = _files(path)
-        self.columns = _columns(self.paths[0], columns)
+        self._footer = functools.lru_cache(FOOTERS)(_footer)
+        self.columns = self._chosen(columns)
         groups = [group for i in range(len(self.paths)) for group in self._index(i)]
         self.groups: Int[np.ndarray, "n 5"] = np.array(groups, np.int64).reshape(-1, 5)
         ends = np.cumsum(self.groups[:, 2])
@@ -58,6 +60,7 @@ class ParquetRecords:
         if not self._count:
             raise DataError(f"{path} holds no row")
         self._cache: collections.OrderedDict[tuple[int, int], Any] = collections.OrderedDict()
+        self._cached = 0  # bytes of them
         self._reading: tuple[int, int, Any] = (-1, 0, None)
         self._lock = threading.Lock()
 
@@ -76,7 +79,7 @@ class ParquetRecords:
         rows = max(1, min(PART_ROWS, PART_BYTES * group.rows // max(1, group.bytes)))
         with self._lock:
             part = self._part(number, group, at // rows, rows)
-        if at % rows >= len(part):
+        if at % rows >= part.num_rows:
             raise BadExample("damaged", f"its row group ends before row {at}")
         try:
             return part.slice(at % rows, 1).to_pylist()[0]
@@ -98,9 +101,16 @@ class ParquetRecords:
         number = int(np.searchsorted(self._starts, index, "right")) - 1
         return number, index - int(self._starts[number])
 
-    def _index(self, file: int):
+    def _chosen(self, columns: Callable[[Collection[str]], Sequence[str]]) -> list[str]:
+        names = self._footer(self.paths[0]).schema.to_arrow_schema().names
+        try:
+            return list(columns(names))
+        except DataError as error:
+            raise DataError(f"{self.paths[0]} {error}") from error
+
+    def _index(self, file: int) -> Iterator[_Group]:
         """The row groups of a file."""
-        footer, first = _footer(self.paths[file]), 0
+        footer, first = self._footer(self.paths[file]), 0
         missing = set(self.columns) - set(footer.schema.to_arrow_schema().names)
         if missing:
             raise DataError(f"{self.paths[file]} lacks {sorted(missing)}, which others have")
@@ -132,27 +142,30 @@ class ParquetRecords:
             self._reading = (-1, 0, None)
             raise BadExample("damaged", f"row group {group.number}: {error}") from error
         self._cache[number, part] = found
-        while len(self._cache) > 1 and sum(b.nbytes for b in self._cache.values()) > CACHE_BYTES:
-            self._cache.popitem(last=False)
+        self._cached += found.nbytes
+        while len(self._cache) > 1 and self._cached > CACHE_BYTES:
+            self._cached -= self._cache.popitem(last=False)[1].nbytes
         return found
 
     def _read(self, path: str, number: int, group: _Group, part: int, rows: int):
         """The same, from the file: goes on where the last one ended, if it can."""
+        import pyarrow
+
         at, ahead, batches = self._reading
         if at != number or ahead > part:
             ahead, batches = 0, self._batches(path, group, rows)
-        found = ()
+        found = pyarrow.record_batch({})
         for _ in range(ahead, part + 1):
-            found = next(batches, ())
+            found = next(batches, found[:0])
         self._reading = (number, part + 1, batches)
         return found
 
     def _batches(self, path: str, group: _Group, rows: int):
         import pyarrow.parquet
 
-        # Buffered, or the whole column of the group is read before its first row.
-        file = pyarrow.parquet.ParquetFile(path, metadata=_footer(path), buffer_size=2**20)
-        with file:
+        # Or all columns of the group are read whole before its first row.
+        piecewise = {"pre_buffer": False, "buffer_size": 2**20}
+        with pyarrow.parquet.ParquetFile(path, metadata=self._footer(path), **piecewise) as file:
             yield from file.iter_batches(
                 rows, row_groups=[group.number], columns=self.columns, use_threads=False
             )
@@ -169,16 +182,8 @@ def _files(path: Path) -> list[str]:
     return found
 
 
-def _columns(path: str, columns: Callable[[Collection[str]], Sequence[str]]) -> list[str]:
-    try:
-        return list(columns(_footer(path).schema.to_arrow_schema().names))
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from error
-
-
-@functools.lru_cache(16)
 def _footer(path: str):
-    """What the end of a file says of it: a thousand groups take some milliseconds."""
+    """What the end of a file says of it."""
     try:
         import pyarrow.parquet
     except ImportError as error:

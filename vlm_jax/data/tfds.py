@@ -41,7 +41,10 @@ class TfdsRecords:
         _check_features(self.folder)
         builder = _builder(self.folder)
         self.split = split or _only(builder, path)
-        self.features = rows.columns(list(builder.info.features))
+        try:
+            self.features = rows.columns(list(builder.info.features))
+        except DataError as error:
+            raise DataError(f"{self.folder} {error}") from error
         try:
             self._source = builder.as_data_source(self.split, decoders=_undecoded(self.features))
             self._count = len(self._source)
