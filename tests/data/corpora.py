@@ -287,19 +287,15 @@ def gqa(folder) -> Made:
         "imageId": "2354786", "question": "Is the sky dark?", "answer": "yes",
         "fullAnswer": "Yes, the sky is dark.", "isBalanced": True, "semantic": [], **fields,
     }  # fmt: skip
+    questions = {
+        "02930152": question(),
+        "02": question(answer=None),
+        "03": 3,
+        "04": question(imageId="../2354786"),
+    }
+    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in questions.items()]
     path = folder / "train_balanced_questions.json"
-    path.write_text(
-        json.dumps(
-            {
-                "02930152": question(),
-                "02": question(answer=None),
-                "03": 3,
-                "04": question(imageId="../2354786"),
-            },
-            indent=None,
-            separators=(",\n", ": "),
-        ).replace('\n"', '"').replace('{"0', '{\n"0').replace(',"0', ',\n"0')
-    )  # fmt: skip
+    path.write_text("{\n" + ",\n".join(lines) + "}")
     return Made(
         Corpus("gqa", {"all": str(path)}),
         {0: ([10], told(("Is the sky dark?", "yes")))},

@@ -159,10 +159,9 @@ def test_documents_too_long_or_too_large_are_one_bad_record(tmp_path, monkeypatc
 
 
 def test_without_the_renderer_the_extra_is_named(monkeypatch):
-    monkeypatch.setattr(pdf, "_idle", [])
     monkeypatch.setattr(pdf.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="extra `corpora`"):
-        pdf.pages(b"")
+        pages.PageRecords("none.tar")
 
 
 def test_no_shard_is_no_corpus(tmp_path):

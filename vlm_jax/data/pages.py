@@ -8,9 +8,9 @@ when the corpus is opened: prepare a large one first.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from vlm_jax.data import decoding, pdf
 from vlm_jax.data.example import BadExample
@@ -39,11 +39,12 @@ class PageRecords(Tars):
       path: of one shard, or with `*`, `?` and `[]` of several.
 
     Raises:
-      ConfigError: pypdfium2 is not installed, and a PDF has no JSON.
+      ConfigError: pypdfium2 is not installed.
       DataError: no such file, or a shard that is no whole tar.
     """
 
     def __init__(self, path: Path):
+        pdf.require()
         super().__init__(path, _index, "000013.pdf")
 
     def __getitem__(self, index: int) -> Sample:
@@ -98,30 +99,36 @@ def _index(number: int, path: str) -> Iterator[_Place]:
     """Where the pages of a shard lie, in the order of its documents."""
     with open(path, "rb") as file:
         for members in grouped(path):
-            places = span(members.get(".pdf")), span(members.get(".json"))
-            if max(at for at, _ in places) < 0:
+            document, said = span(members.get(".pdf")), span(members.get(".json"))
+            if max(document[0], said[0]) < 0:
                 continue
-            count = _pages(*(_raw(file, at, size) for at, size in places))
+            count = _pages_said(_raw(file, *said)) or _pages_there(_raw(file, *document))
             for page in range(count if count <= MAX_PAGES else 1):
-                yield _Place(number, *places[0], *places[1], page, count)
+                yield _Place(number, *document, *said, page, count)
 
 
-def _raw(file, at: int, size: int) -> bytes:
-    if at < 0 or size > decoding.MAX_BYTES:
-        return b""
-    file.seek(at)
-    return file.read(size)
+def _raw(file: BinaryIO, at: int, size: int) -> Callable[[], bytes]:
+    """What reads a member, if that is asked for; nothing of none and of one too large."""
+
+    def read() -> bytes:
+        file.seek(at)
+        return file.read(size)
+
+    return read if at >= 0 and size <= decoding.MAX_BYTES else bytes
 
 
-def _pages(data: bytes, said: bytes) -> int:
-    """How many pages a document has; one where that cannot be known, and reading it says why."""
+def _pages_said(said: Callable[[], bytes]) -> int:
+    """How many pages a document's JSON has; 0 where it has none."""
     try:
-        found = json.loads(said).get("pages")
+        found = json.loads(said()).get("pages")
     except (ValueError, AttributeError, RecursionError):
-        found = None
-    if isinstance(found, list) and found:
-        return len(found)
+        return 0
+    return len(found) if isinstance(found, list) else 0
+
+
+def _pages_there(document: Callable[[], bytes]) -> int:
+    """How many pages a PDF has; one where that cannot be known, and reading it says why."""
     try:
-        return max(1, pdf.pages(data))
+        return max(1, pdf.pages(document()))
     except BadExample:
         return 1

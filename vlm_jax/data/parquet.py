@@ -83,8 +83,10 @@ class ParquetRecords:
             raise BadExample("damaged", f"its row group ends before row {at}")
         try:
             return part.slice(at % rows, 1).to_pylist()[0]
-        except ValueError as error:  # text that is none: Arrow does not look before
+        except UnicodeError as error:  # Arrow does not look before
             raise BadExample("not_utf8", str(error)) from error
+        except (ValueError, OverflowError) as error:
+            raise BadExample("damaged", f"row {at} of its row group: {error}") from error
 
     @functools.cached_property
     def fingerprint(self) -> str:

@@ -29,12 +29,17 @@ class Page(NamedTuple):
     text: str
 
 
+def require() -> None:
+    """Raises ConfigError where pypdfium2 is not installed."""
+    if importlib.util.find_spec("pypdfium2") is None:
+        raise ConfigError("pages of PDFs need pypdfium2: install vlm_jax with the extra `corpora`")
+
+
 def page(data: bytes, number: int) -> Page:
     """Page `number`, from 0, of a PDF at `DPI`; a page larger than `MAX_SIDE` at fewer.
 
     Raises:
       BadExample: it is no PDF, has no such page, or takes too much time or memory.
-      ConfigError: pypdfium2 is not installed.
     """
     said, image = _ask(data, number)
     return Page(image, said["text"])
@@ -45,7 +50,6 @@ def pages(data: bytes) -> int:
 
     Raises:
       BadExample: it is none.
-      ConfigError: pypdfium2 is not installed.
     """
     return _ask(data, -1)[0]["pages"]
 
@@ -98,8 +102,6 @@ def _child() -> Iterator[subprocess.Popen]:
 
 
 def _started() -> subprocess.Popen:
-    if importlib.util.find_spec("pypdfium2") is None:
-        raise ConfigError("pages of PDFs need pypdfium2: install vlm_jax with the extra `corpora`")
     return subprocess.Popen(
         [sys.executable, "-P", _CHILD],
         stdin=subprocess.PIPE,

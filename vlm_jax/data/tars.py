@@ -68,10 +68,12 @@ class Tars:
         self.paths = sorted(glob.glob(os.fspath(path)))
         if not self.paths:
             raise DataError(f"{path} cannot be read: no such file; expected shards, as a/b-*.tar")
-        found = [list(index(i, shard)) for i, shard in enumerate(self.paths)]
-        if not any(found):
+        # As arrays at once: ten million places as Python's numbers would take gigabytes.
+        places = [np.array(list(index(i, shard)), np.int64) for i, shard in enumerate(self.paths)]
+        filled = [found for found in places if len(found)]
+        if not filled:
             raise DataError(f"{path} holds no sample; expected members such as {expected}")
-        self.spans = np.concatenate([np.array(places, np.int64) for places in found if places])
+        self.spans = np.concatenate(filled)
 
     def __len__(self) -> int:
         return len(self.spans)
