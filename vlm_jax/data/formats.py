@@ -27,7 +27,7 @@ one of which is null at each place; an image is bytes or a path, not a URL. `mmc
 of `text_list` and `image_info`. All text is learned in the order it is read (`interleaved.py`).
 
 `webdataset` is what img2dataset makes of CC3M, CC12M or LAION: shards of images and captions.
-`pages` is PDFA or OCR-IDL: such shards of PDFs and their text, a page an example (`pages.py`).
+`pages` is PDFA or OCR-IDL: such shards of PDFs and their text, a page an example (`pdf_pages.py`).
 `shards` is a folder that `python -m vlm_jax.prepare run` wrote of any of these.
 """
 
@@ -40,7 +40,7 @@ from typing import Any
 import numpy as np
 
 from vlm_jax.config import Corpus
-from vlm_jax.data import conversations, interleaved, pages, rows, shards, tars, vqa
+from vlm_jax.data import conversations, interleaved, pdf_pages, rows, shards, tars, vqa
 from vlm_jax.data.conversations import Parsed, Record
 from vlm_jax.data.example import BadExample, Example
 from vlm_jax.data.parquet import ParquetRecords
@@ -86,7 +86,7 @@ FORMATS = {
     "parquet": Format(lambda path: ParquetRecords(path, rows.columns), rows.parse),
     "obelics": Format(interleaved.pages, interleaved.obelics),
     "mmc4": Format(JsonRecords, interleaved.mmc4),
-    "pages": Format(pages.PageRecords, captioned),
+    "pages": Format(pdf_pages.PageRecords, captioned),
     "tfds": Format(TfdsRecords, rows.parse),
     "webdataset": Format(tars.TarRecords, captioned),
     "shards": Format(shards.ShardRecords, shards.unpack),

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from vlm_jax.data.example import BadExample
 from vlm_jax.errors import ConfigError
 
-DPI = 150  # A4 has 1240 x 1754 pixels
+DPI = 150  # as chug renders both corpora (doc_read_processor.py); A4 has 1240 x 1754 pixels
 MAX_SIDE = 2200  # pixels of the longer side: larger pages are rendered at fewer dots per inch
 MAX_CHARACTERS = 1_000_000  # on a page
 SECONDS = 5  # of the processor, for one page

@@ -13,7 +13,7 @@ import PIL.Image
 import pytest
 
 from vlm_jax import config as configs
-from vlm_jax.data import formats, images, pages, pdf
+from vlm_jax.data import formats, images, pdf, pdf_pages
 from vlm_jax.data.example import BadExample
 from vlm_jax.errors import ConfigError, DataError
 
@@ -147,13 +147,13 @@ def _command(pid: int) -> bytes:
 
 
 def test_documents_too_long_or_too_large_are_one_bad_record(tmp_path, monkeypatch):
-    monkeypatch.setattr(pages, "MAX_PAGES", 1)
+    monkeypatch.setattr(pdf_pages, "MAX_PAGES", 1)
     corpora.pages(tmp_path)
     source = formats.CorpusSource("own", configs.Corpus("pages", {"all": f"{tmp_path}/*"}), "all")
     with pytest.raises(BadExample, match="too_many_pages: 2; expected at most 1"):
         source.example(0, np.random.default_rng(0))
     assert source.example(1, np.random.default_rng(0)).turns[1].parts == ("FIRST LINE\nsecond",)
-    monkeypatch.setattr(pages.decoding, "MAX_BYTES", 10)
+    monkeypatch.setattr(pdf_pages.decoding, "MAX_BYTES", 10)
     with pytest.raises(BadExample, match="record_too_large"):
         source.example(1, np.random.default_rng(0))
 
@@ -161,9 +161,9 @@ def test_documents_too_long_or_too_large_are_one_bad_record(tmp_path, monkeypatc
 def test_without_the_renderer_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(pdf.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="extra `corpora`"):
-        pages.PageRecords("none.tar")
+        pdf_pages.PageRecords("none.tar")
 
 
 def test_no_shard_is_no_corpus(tmp_path):
     with pytest.raises(DataError, match="no such file"):
-        pages.PageRecords(tmp_path / "*.tar")
+        pdf_pages.PageRecords(tmp_path / "*.tar")

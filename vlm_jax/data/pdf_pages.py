@@ -1,10 +1,10 @@
 """Pages of scanned and printed documents with their text: PDFA and OCR-IDL as they are published.
 
 Both are WebDataset shards of PDFs, each beside a .json of the same name whose `pages` hold the text
-of each page: PDFA's as `lines` and `words` of `text`, OCR-IDL's as a list of lines. A page is an
-example: a picture of it, and its lines in the order of the file. A page that the JSON says no text
-of has that of the PDF itself. How many pages there are is read from the JSON, or else from the PDF,
-when the corpus is opened: prepare a large one first.
+of each page: PDFA's as `lines` and `words` of `text`, OCR-IDL's as a list of lines (chug's
+doc_read_processor.py reads both). A page is an example: a picture of it, and its lines in the order
+of the file. A page that the JSON says no text of has that of the PDF itself. How many pages there
+are is read from the JSON, or else from the PDF, when the corpus is opened: prepare a large one first.
 """
 
 import json
@@ -14,9 +14,10 @@ from typing import Any, BinaryIO, NamedTuple
 
 from vlm_jax.data import decoding, pdf
 from vlm_jax.data.example import BadExample
-from vlm_jax.data.records import MAX_RECORD, parse
+from vlm_jax.data.records import parse
 from vlm_jax.data.tars import Sample, Tars, grouped, span
 
+MAX_JSON = 8 * 2**20  # bytes of the text and boxes of a whole document
 MAX_PAGES = 1000  # of a document; one with more is one bad record
 
 
@@ -59,7 +60,7 @@ class PageRecords(Tars):
             raise BadExample("no_pdf", "expected a member that ends in .pdf")
         if place.pages > MAX_PAGES:
             raise BadExample("too_many_pages", f"{place.pages}; expected at most {MAX_PAGES}")
-        if place.pdf_size > decoding.MAX_BYTES or place.json_size > MAX_RECORD:
+        if place.pdf_size > decoding.MAX_BYTES or place.json_size > MAX_JSON:
             sizes = f"{place.pdf_size} bytes of PDF and {place.json_size} of JSON"
             raise BadExample("record_too_large", sizes)
         data, said = self.read(
@@ -102,19 +103,21 @@ def _index(number: int, path: str) -> Iterator[_Place]:
             document, said = span(members.get(".pdf")), span(members.get(".json"))
             if max(document[0], said[0]) < 0:
                 continue
-            count = _pages_said(_raw(file, *said)) or _pages_there(_raw(file, *document))
+            count = _pages_said(_raw(file, *said, MAX_JSON)) or _pages_there(
+                _raw(file, *document, decoding.MAX_BYTES)
+            )
             for page in range(count if count <= MAX_PAGES else 1):
                 yield _Place(number, *document, *said, page, count)
 
 
-def _raw(file: BinaryIO, at: int, size: int) -> Callable[[], bytes]:
+def _raw(file: BinaryIO, at: int, size: int, most: int) -> Callable[[], bytes]:
     """What reads a member, if that is asked for; nothing of none and of one too large."""
 
     def read() -> bytes:
         file.seek(at)
         return file.read(size)
 
-    return read if at >= 0 and size <= decoding.MAX_BYTES else bytes
+    return read if at >= 0 and size <= most else bytes
 
 
 def _pages_said(said: Callable[[], bytes]) -> int:
