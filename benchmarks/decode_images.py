@@ -20,6 +20,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
+from benchmarks.pictures import photograph
 from vlm_jax.data import images
 
 Decode = Callable[[bytes], np.ndarray]
@@ -107,7 +108,10 @@ def main() -> None:
     """Prints a table, fastest first."""
     options = _options()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
-    pictures = [_picture(seed, options) for seed in range(options.pictures)]
+    pictures = [
+        photograph(seed, options.width, options.height, options.quality)
+        for seed in range(options.pictures)
+    ]
     kilobytes = statistics.mean(map(len, pictures)) / 1000
     print(
         f"{options.width} x {options.height} of {kilobytes:.0f} kB to {options.size}, "
@@ -144,20 +148,6 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--quality", type=int, default=90)
     return parser.parse_args()
-
-
-def _picture(seed: int, options: argparse.Namespace) -> bytes:
-    """Noise of all scales, stronger the coarser, as in photographs."""
-    rng, size = np.random.default_rng(seed), (options.width, options.height)
-    pixels = np.full((options.height, options.width, 3), 128.0)
-    for scale in (2, 8, 32, 128):
-        noise = rng.integers(0, 256, (-(-size[1] // scale), -(-size[0] // scale), 3), np.uint8)
-        smooth = Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
-        pixels += (np.asarray(smooth) - 128.0) * (scale / 128) ** 0.5
-    file = io.BytesIO()
-    image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-    image.save(file, "JPEG", quality=options.quality)
-    return file.getvalue()
 
 
 def _installed(name: str, size: int) -> tuple[Decode, Resize] | None:

@@ -15,7 +15,7 @@ from vlm_jax import schema
 from vlm_jax.models import params
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
-OURS = ("emoji", "tiny", "vit_g")  # configs of no published system, without words
+OURS = ("emoji", "siglip", "tiny", "vit_g")  # configs of no published system, without words
 
 
 def systems() -> list[str]:

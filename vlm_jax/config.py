@@ -6,6 +6,7 @@ into the typed tree that the rest of the code reads, and refuses what it does no
 """
 
 import dataclasses
+import itertools
 import math
 import typing
 from collections.abc import Mapping
@@ -63,9 +64,19 @@ class Model:
         return isinstance(self.connector, QFormer) and self.connector.vocab > 0
 
     @property
+    def pair(self) -> bool:
+        """Whether images and texts are embedded to be compared, and nothing is generated."""
+        return self.text is not None and self.decoder is None
+
+    @property
+    def tokens(self) -> int:
+        """Ids that what reads texts has embeddings for."""
+        return self.text.vocab if self.decoder is None else self.decoder.tokens
+
+    @property
     def visual_tokens(self) -> int:
-        """Visual tokens per image, Q."""
-        return self.connector.visual_tokens(self.encoders)
+        """Visual tokens per image, Q; none where no connector makes them."""
+        return 0 if self.connector is None else self.connector.visual_tokens(self.encoders)
 
     @property
     def visual_width(self) -> int:
@@ -139,11 +150,29 @@ class Corpus:
 
 
 @dataclasses.dataclass(frozen=True)
+class MixtureStage:
+    """Another mixture, from some document of the stream on.
+
+    Attributes:
+      start: the first document of it, counted over all sources and hosts.
+      mixture: as `Data.mixture`.
+    """
+
+    start: int
+    mixture: Mapping[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
 class Data:
     """What the model is fed.
 
     Attributes:
       mixture: weight per source, e.g. {"emoji:caption": 3.0, "emoji:choice": 1.0}.
+      size_power: weights are multiplied by this power of the source's size: 0 takes them as they
+        are, 0.5 mixes by the square root of sizes, 1 in proportion to them.
+      caps: most examples that a source has, by its name: random ones, the same in every epoch.
+      schedule: mixtures that follow the first one.
+      loss_weights: factor of the loss weights of a source's tokens, by its name; 1 without.
       corpora: corpora of files by the name that the mixture calls them.
       tokenizer: "embedded", or the path of a Hugging Face tokenizer.json.
       template: name of a chat template, a row of `data.templates.TEMPLATES`.
@@ -157,13 +186,20 @@ class Data:
       instruction_tokenizer: of what the connector reads, as `tokenizer`; "" = the same.
       views: pictures of one thing that come one after the other in training, so that a batch holds
         what the contrastive loss draws together; 1 shuffles pictures without regard to that.
-      pool: documents the packer chooses from; more of them, less padding.
+      pool: documents that the packer of a lane chooses from; more of them, less padding.
+      lanes: parts of the stream that are packed each on its own, into rows of its own, so that any
+        number of hosts that divides it gives the same global batches; divides `rows`.
       threads: threads that read, decode and augment.
+      workers: processes that do so instead; 0 = threads.
       bad_samples: share of bad samples, over a window of 10,000, that ends the run with code 65.
       augment: random changes to training pictures.
     """
 
     mixture: Mapping[str, float]
+    size_power: float = 0.0
+    caps: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    schedule: tuple[MixtureStage, ...] = ()
+    loss_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
     corpora: Mapping[str, Corpus] = dataclasses.field(default_factory=dict)
     tokenizer: str = "embedded"
     template: str = "tiny"
@@ -176,7 +212,9 @@ class Data:
     instruction_tokenizer: str = ""
     views: int = 1
     pool: int = 64
+    lanes: int = 1
     threads: int = 2
+    workers: int = 0
     bad_samples: float = 0.01
     augment: Augment = Augment()
 
@@ -201,6 +239,7 @@ class Train:
       contrastive: weight of the auxiliary loss that draws together the mean visual tokens of
         images with the same text.
       temperature: of the contrastive loss.
+      pairs: what a model of pairs minimises, "sigmoid" (SigLIP) or "softmax" (CLIP).
       ema: decay of the averaged weights that evaluation and export use; 0 = the last weights.
       log_every: steps between lines on the terminal and points in TensorBoard.
     """
@@ -220,6 +259,7 @@ class Train:
     bag_of_words: float = 0.0
     contrastive: float = 0.0
     temperature: float = 0.1
+    pairs: str = "sigmoid"
     ema: float = 0.0
     log_every: int = 10
 
@@ -370,6 +410,7 @@ def resolve(config: Mapping[str, Any]) -> Config:
 CHOICES = {
     "data.attention": ("causal", "prefix"),
     "train.optimizer": ("adamw", "muon"),
+    "train.pairs": ("sigmoid", "softmax"),
     "data.augment.background": ("white", "random"),
 }
 
@@ -383,19 +424,13 @@ def check(config: Config) -> None:
         _require(value in choices, path, value, f"one of {', '.join(choices)}")
     check_model(config.model, config.data.tokens)
     data, model = config.data, config.model
-    _require(model.decoder is not None, "model.decoder", None, "a decoder, to train or generate")
-    _require(
-        any(weight > 0 for weight in data.mixture.values()),
-        "data.mixture",
-        dict(data.mixture),
-        "at least one source with a positive weight",
-    )
-    _require(
-        all(weight >= 0 for weight in data.mixture.values()),
-        "data.mixture",
-        dict(data.mixture),
-        "weights of at least 0",
-    )
+    reads = model.decoder is not None or model.pair
+    _require(reads, "model.decoder", None, "a decoder, or a text tower beside an encoder")
+    if model.pair:
+        _check_pair(config)
+    _check_mixtures(data)
+    divides = data.lanes > 0 and data.rows % data.lanes == 0
+    _require(divides, "data.lanes", data.lanes, f"a divisor of data.rows, {data.rows}")
     square = all(len(set(encoder.size)) == 1 for encoder in model.encoders)
     _require(
         square or data.augment == Augment(),
@@ -440,6 +475,40 @@ def check(config: Config) -> None:
             data.tokens,
             f"room for an image's {model.image_positions} visual tokens and text",
         )
+
+
+def _check_pair(config: Config) -> None:
+    data, train = config.data, config.train
+    _require(data.images, "data.images", False, "True: a text tower compares texts with images")
+    _require(data.images_per_row == 1, "data.images_per_row", data.images_per_row, "1 of a pair")
+    length = config.model.text.length
+    _require(data.tokens == length, "data.tokens", data.tokens, f"the text tower's {length}")
+    for name in ("bag_of_words", "contrastive", "label_smoothing"):
+        _require(not getattr(train, name), f"train.{name}", getattr(train, name), "0 of pairs")
+    steps = config.eval.text_only_steps
+    _require(not steps, "eval.text_only_steps", steps, "0 of pairs")
+
+
+def _check_mixtures(data: Data) -> None:
+    mixtures = {"data.mixture": data.mixture} | {
+        f"data.schedule[{i}].mixture": stage.mixture for i, stage in enumerate(data.schedule)
+    }
+    for path, mixture in mixtures.items():
+        weights, given = mixture.values(), dict(mixture)
+        _require(
+            any(w > 0 for w in weights), path, given, "at least one source with a positive weight"
+        )
+        finite = all(0 <= w < math.inf for w in weights)
+        _require(finite, path, given, "finite weights of at least 0")
+    starts = [0, *(stage.start for stage in data.schedule)]
+    rising = all(a < b for a, b in itertools.pairwise(starts))
+    _require(rising, "data.schedule", starts[1:], "starts above 0, each later than the one before")
+    known = {name for mixture in mixtures.values() for name in mixture}
+    for field, least in ("caps", 1), ("loss_weights", 0):
+        for name, value in getattr(data, field).items():
+            path = f"data.{field}.{name}"
+            _require(name in known, path, value, f"a source of a mixture: {', '.join(known)}")
+            _require(least <= value < math.inf, path, value, f"at least {least}")
 
 
 def check_model(model: Model, longest: int = 0) -> None:

@@ -13,6 +13,12 @@ class DataError(VlmError):
     exit_code = 65
 
 
+class PeerError(VlmError):
+    """A process that the run depends on died or hangs; worth a few retries."""
+
+    exit_code = 70
+
+
 class StorageError(VlmError):
     """A checkpoint or record file could not be read or written."""
 

@@ -2,26 +2,32 @@
 
 python -m vlm_jax.prepare validate PATH --format=messages [--images=DIR] [--decode]
 python -m vlm_jax.prepare run PATH --format=messages --out=DIR [--images=DIR] [--workers=N]
+python -m vlm_jax.prepare show --config=configs/tiny.py [--batches=N] [--rows=N] [--out=FILE.html]
 
 `validate` names what is wrong with a corpus of one's own, record by record and by the reasons that
 a run would count: 0 where nothing is, 65 otherwise. `run` writes what can be used as ArrayRecord
 shards with a manifest, images and all, which the format `shards` reads; killed and started again it
 goes on and ends with the same bytes. `vlm_jax/data/formats.py` says how each format is written.
+`show` draws the first batches that a run of a config would train on: pictures as the encoders see
+them, tokens coloured by loss weight, packed documents apart, padding and counts by source. It makes
+whole batches: for a config of pods, `--config.data.rows=8 --config.data.pool=32` is quicker.
 """
 
 import collections
+import itertools
 import os
 from collections.abc import Sequence
 
 from absl import flags
+from ml_collections import config_flags
 
 from vlm_jax import doors
 from vlm_jax.config import Corpus
-from vlm_jax.errors import ConfigError, DataError
+from vlm_jax.errors import ConfigError, DataError, StorageError
 
 _FORMAT = flags.DEFINE_string("format", "messages", "How the corpus is written.")
 _IMAGES = flags.DEFINE_string("images", "", "Folder of its images, if not the file's own.")
-_OUT = flags.DEFINE_string("out", "", "run: folder for the shards.")
+_OUT = flags.DEFINE_string("out", "", "run: folder for the shards; show: the page.")
 _SHARD_MB = flags.DEFINE_integer("shard_mb", 256, "run: size of a shard, in MB.", lower_bound=1)
 _WORKERS = flags.DEFINE_integer("workers", None, "run: processes; by default one per core.")
 _MIN_SIDE = flags.DEFINE_integer(
@@ -30,17 +36,22 @@ _MIN_SIDE = flags.DEFINE_integer(
 _MAX_ASPECT = flags.DEFINE_float(
     "max_aspect", 200.0, "run: leave out images that are narrower.", lower_bound=1
 )
+_CONFIG = config_flags.DEFINE_config_file("config", None, "show: file of configs/.")
+_BATCHES = flags.DEFINE_integer("batches", 4, "show: how many.", lower_bound=1)
+_ROWS = flags.DEFINE_integer("rows", 16, "show: rows drawn of each batch.", lower_bound=0)
 _DECODE = flags.DEFINE_bool("decode", False, "Also decode every image, not its header alone.")
 
 
 def main(argv: Sequence[str]) -> None:
-    """Validates or prepares."""
+    """Validates, prepares or shows."""
     command, words = (argv[1] if len(argv) > 1 else ""), argv[2:]
     if command not in COMMANDS:
         raise ConfigError(f"unknown command {command!r}; expected {', '.join(COMMANDS)}")
-    if len(words) != 1:
-        raise ConfigError(f"{command} was given {len(words)} words; expected PATH")
-    COMMANDS[command](words[0])
+    function, *expected = COMMANDS[command]
+    if len(words) != len(expected):
+        wanted = " ".join(expected) or "flags alone"
+        raise ConfigError(f"{command} was given {len(words)} words; expected {wanted}")
+    function(*words)
 
 
 def validate(path: str) -> None:
@@ -96,7 +107,31 @@ def run(path: str) -> None:
     print(f"left out: {listed}" + (" (shard-*.rejects.jsonl)" if rejects else ""))
 
 
-COMMANDS = {"validate": validate, "run": run}
+def show() -> None:
+    """Writes a page about the first batches of a config.
+
+    Raises:
+      ConfigError: no `--config`, or a wrong one.
+      DataError: its data cannot be used.
+      StorageError: the page cannot be written.
+    """
+    if _CONFIG.value is None:
+        raise ConfigError("show needs --config=FILE, a file of configs/")
+    config = doors.config(_CONFIG)
+    from vlm_jax.data import pipeline, showing
+
+    path = doors.folder(_OUT.value or "show.html")
+    with pipeline.train_stream(config) as stream:
+        page = showing.page(config, itertools.islice(stream, _BATCHES.value), _ROWS.value)
+    try:
+        path.write_text(page, "utf-8")
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written: {error.strerror}") from error
+    print(f"{path}: {_BATCHES.value} batches of {config.data.rows} rows, {len(page) / 1e6:.1f} MB")
+
+
+# By name: the function, and the words that it takes.
+COMMANDS = {"validate": (validate, "PATH"), "run": (run, "PATH"), "show": (show,)}
 
 if __name__ == "__main__":
     doors.run(main)

@@ -62,6 +62,16 @@ GOLDENS = {
         f"<s>{I}{I}«The first.\n»{I}«No.\n»",
         "",
     ),
+    "clip": (
+        f"<s>{I}«A fox.</s>In snow.</s>»",
+        f"<s>{I}{I}«The first.</s>»{I}«No.</s>»",
+        "",
+    ),
+    "siglip": (
+        f"{I}«A fox.</s>In snow.</s>»",
+        f"{I}{I}«The first.</s>»{I}«No.</s>»",
+        "",
+    ),
     "interleaved": (
         f"<s>{I}What is it?«A fox.»And where?«In snow.</s>»",
         f"<s>{I}{I}Which is red?«The first.»Is {I} too?«No.</s>»",

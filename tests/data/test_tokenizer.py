@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 import tokenizers
-from tokenizers import models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 from vlm_jax.data import tokenizer
 from vlm_jax.errors import ConfigError
@@ -41,6 +41,31 @@ def test_starts_are_characters_of_the_text():
     ids, starts = tok.encode_with_starts(text)
     assert ids == tok.encode(text)
     assert starts[0] == 0 and starts == sorted(starts) and starts[-1] < len(text)
+
+
+def test_pieces_are_the_text_and_a_character_stands_at_its_last_token():
+    tok = tokenizer.load("embedded")
+    text = "naïve 🦊 cat's\n\t<eos> 日本"
+    ids = tok.encode(text)
+    pieces = tok.pieces([tok.bos, *ids, tok.eos])
+    assert "".join(pieces) == f"<bos>{text}<eos>" and len(pieces) == len(ids) + 2
+    fox = tok.encode("🦊")
+    assert tok.pieces(fox)[-1] == "🦊" and set(tok.pieces(fox)[:-1]) <= {"", " "}
+    cut = tok.pieces([*fox[:-1], tok.eos, 10**6])  # bytes that make nothing, and no token at all
+    assert "" not in cut and cut[-2:] == ["<eos>", "<1000000>"]
+
+
+def test_pieces_of_llama_s_vocabulary_keep_their_spaces(tmp_path):
+    words = ["<s>", "</s>", "<unk>", "▁a", "▁cat", "s", "<0xE2>", "<0x82>", "<0xAC>"]
+    backend = tokenizers.Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, "<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+    backend.add_special_tokens(words[:3])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tok = tokenizer.load(str(tmp_path))
+    ids = [0, 4, 5, 4, 6, 7, 8, 6, 1]
+    assert tok.pieces(ids) == ["<s>", " cat", "s", " cat", "", "", "€", "<0xE2>", "</s>"]
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def lines(workdir):
 
 def test_a_line_is_made_of_means_over_what_is_real():
     rejects = {("emoji", "truncated"): 2, ("emoji", "missing"): 1}
-    line = metrics.row(7, SUMS | AUXILIARY, Info((), rejects))
+    line = metrics.row(7, SUMS | AUXILIARY, Info((), rejects, epochs={"emoji:caption": 1.23456}))
     assert line == {
         "step": 7,
         "loss": 3.0,
@@ -55,7 +55,21 @@ def test_a_line_is_made_of_means_over_what_is_real():
         "words_loss": 2.0,
         "contrastive_loss": 2.5,
         "rejects": {"emoji/missing": 1, "emoji/truncated": 2},
+        "epochs": {"emoji:caption": 1.2346},
     }
+
+
+def test_what_cannot_be_used_is_listed_once_whatever_was_killed(tmp_path):
+    info = Info((), {("a", "empty"): 1}, rejected=(("a/train/3", "a", "empty"),))
+    with metrics.Metrics(tmp_path, PLAIN, 0) as log:
+        for step in (1, 2):
+            log.quarantine(step, info)
+    with metrics.Metrics(tmp_path, PLAIN, 1) as log:
+        log.quarantine(2, info)
+    listed = (tmp_path / "quarantine.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in listed] == [
+        {"step": step, "key": "a/train/3", "source": "a", "reason": "empty"} for step in (1, 2)
+    ]
 
 
 def test_lines_after_the_restored_step_and_torn_ones_are_dropped(tmp_path):

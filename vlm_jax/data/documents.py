@@ -45,6 +45,12 @@ class Document:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def weighed(self, factor: float) -> "Document":
+        """The same document, each of its tokens `factor` times as important."""
+        if factor == 1:
+            return self
+        return dataclasses.replace(self, loss_weights=self.loss_weights * np.float32(factor))
+
 
 def document(
     example: Example, config: Config, tokenizer: Tokenizer, rng: np.random.Generator | None = None

@@ -71,6 +71,11 @@ def eval_batches(
         examples = shuffle_images(examples)
     if images == "none":
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, images=False))
+    yield from batches(config, examples)
+
+
+def batches(config: Config, examples: Sequence[Example]) -> Iterator[tuple[Batch, Info]]:
+    """The same of given examples."""
     tokenizer = tokenizers.for_config(config)
     rendered = []
     for example in examples:
@@ -150,11 +155,13 @@ def _one_per_row(config: Config, tokenizer: Tokenizer, rendered) -> packing.Shap
     longest = max((len(r.tokens) for r in rendered), default=1)
     # A slot even where no example has an image: an encoder never meets an empty axis.
     images = max([1, *(len(r.image_spans) for r in rendered)]) if config.data.images else 0
+    # A text tower reads its last position, which padding fills.
+    fits = longest if not config.model.pair else config.data.tokens
     return packing.shape_of(
         config,
         tokenizer.pad,
         rows=config.eval.rows,
-        tokens=min(-(-longest // LENGTH_STEP) * LENGTH_STEP, config.data.tokens),
+        tokens=min(-(-fits // LENGTH_STEP) * LENGTH_STEP, config.data.tokens),
         images=min(images, config.data.images_per_row),
     )
 

@@ -10,8 +10,8 @@ import numpy as np
 from vlm_jax.data.sources import Source
 
 
-def shuffled(source: Source, name: str, seed: int, views: int):
-    """Indices of `source` without end, as a Grain dataset with random access.
+def shuffled(source: Source, name: str, seed: int, views: int, cap: int = 0):
+    """Indices of `source` without end, with random access, and how many of them make an epoch.
 
     Args:
       source: its length, and with `views` its groups, are read.
@@ -19,14 +19,22 @@ def shuffled(source: Source, name: str, seed: int, views: int):
       seed: of the run.
       views: 1 shuffles the examples, each once an epoch; above 1 the groups are shuffled, and an
         epoch shows up to that many random members of each, one after the other.
+      cap: most examples of an epoch, the same ones in every epoch; 0 = all.
     """
     # Here and not above: Grain imports jax where jax is installed, and rendering needs none of it.
     import grain
 
     seed = (seed + zlib.crc32(name.encode())) % 2**32
-    if views == 1:
-        return grain.MapDataset.range(len(source)).shuffle(seed=seed).repeat()
-    return grain.MapDataset.range(sys.maxsize).map(by_groups(source.groups(), seed, views))
+    if views > 1:
+        groups = _capped(source.groups(), seed, views, cap)
+        length = _length(groups, views)
+        return grain.MapDataset.range(sys.maxsize).map(by_groups(groups, seed, views)), length
+    length = min(cap or len(source), len(source))
+    indices = grain.MapDataset.range(length).shuffle(seed=seed).repeat()
+    if length < len(source):
+        kept = np.random.default_rng(seed).choice(len(source), length, replace=False)
+        indices = indices.map(kept.__getitem__)
+    return indices, length
 
 
 def fingerprint(opened: Mapping[str, Source], views: int) -> dict[str, dict[str, int]]:
@@ -38,7 +46,7 @@ def fingerprint(opened: Mapping[str, Source], views: int) -> dict[str, dict[str,
 
 def by_groups(groups: Sequence[Sequence[int]], seed: int, views: int) -> Callable[[int], int]:
     """The index at each position where groups come in random order, their members together."""
-    length = sum(min(len(group), views) for group in groups)
+    length = _length(groups, views)
 
     @functools.lru_cache(maxsize=2)  # a stream reads forwards
     def epoch(number: int) -> tuple[int, ...]:
@@ -50,3 +58,18 @@ def by_groups(groups: Sequence[Sequence[int]], seed: int, views: int) -> Callabl
         )
 
     return lambda position: epoch(int(position) // length)[int(position) % length]
+
+
+def _length(groups: Sequence[Sequence[int]], views: int) -> int:
+    return sum(min(len(group), views) for group in groups)
+
+
+def _capped(
+    groups: Sequence[Sequence[int]], seed: int, views: int, cap: int
+) -> Sequence[Sequence[int]]:
+    """Random groups that show up to `cap` examples an epoch together, at least one group."""
+    if not 0 < cap < _length(groups, views):
+        return groups
+    groups = [groups[g] for g in np.random.default_rng(seed).permutation(len(groups))]
+    shown = np.cumsum([min(len(group), views) for group in groups])
+    return groups[: max(1, int(np.searchsorted(shown, cap, side="right")))]

@@ -12,6 +12,10 @@ from vlm_jax.data.documents import Document
 from vlm_jax.data.images import patchify
 from vlm_jax.presets.encoders import Encoder
 
+VERSION = 1  # raise it when the same documents would be packed otherwise
+
+Rejected = tuple[str, str, str]  # key, source and reason
+
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
@@ -53,10 +57,14 @@ class Info:
     Attributes:
       documents: `documents[row][segment - 1]` is (key, source).
       rejects: how many samples drawn for this batch could not be used, by (source, reason).
+      rejected: those samples.
+      epochs: how many times the stream went through each source so far.
     """
 
     documents: tuple[tuple[tuple[str, str], ...], ...]
     rejects: Mapping[tuple[str, str], int]
+    rejected: tuple[Rejected, ...] = ()
+    epochs: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 Pending = TypeVar("Pending")

@@ -4,7 +4,7 @@ Both are WebDataset shards of PDFs, each beside a .json of the same name whose `
 of each page: PDFA's as `lines` and `words` of `text`, OCR-IDL's as a list of lines (chug's
 doc_read_processor.py reads both). A page is an example: a picture of it, and its lines in the order
 of the file. A page that the JSON says no text of has that of the PDF itself. How many pages there
-are is read from the JSON, or else from the PDF, when the corpus is opened: prepare a large one first.
+are is read from the JSON, or else from the PDF, when the corpus is opened: prepare a large one.
 """
 
 import json

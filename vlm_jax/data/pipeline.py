@@ -1,41 +1,42 @@
 """The stream of training batches.
 
-Document k of the stream is a pure function of (seed, k), so the position of the stream is a few
-numbers: the next k, and which documents the packer still holds; those are rendered again on resume.
+Batch s of the stream is a pure function of (config, s), and so is what each host reads of it:
+document k is one of (seed, k), and a lane of documents is packed on its own (`lanes.py`). The
+position of the stream is that of its lanes.
 """
 
 import collections
 import contextlib
 import queue
 import threading
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
-
-import numpy as np
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from vlm_jax.batch import Batch
 from vlm_jax.config import Config
-from vlm_jax.data import documents, formats, order, packing, sources
+from vlm_jax.data import formats, lanes, mixing, order, packing, reading, sources
 from vlm_jax.data import tokenizer as tokenizers
-from vlm_jax.data.documents import Document
-from vlm_jax.data.example import BadExample
+from vlm_jax.data.lanes import Lane, Position
 from vlm_jax.data.packing import Info
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.errors import ConfigError, DataError
+from vlm_jax.schema import plain
 
-REJECT_WINDOW = 10_000  # documents over which the share of bad ones is taken
 PREFETCH = 2  # batches made ahead of the trainer
 
-_VERSION = 1  # of the state; raise it when the same state would lead to other batches
+_VERSION = 2  # of the state; raise it when the same state would lead to other batches
 
 
-def train_stream(config: Config, split: str = "train") -> "TrainStream":
+def train_stream(
+    config: Config, split: str = "train", host: int = 0, hosts: int = 1
+) -> "TrainStream":
     """Packed training batches without end; see `TrainStream`.
 
     Raises:
-      ConfigError: an unknown source or template, or a tokenizer that does not fit the decoder.
+      ConfigError: an unknown source or template, a tokenizer that does not fit the decoder, or
+        lanes that cannot be dealt out to that many hosts.
     """
-    return TrainStream(config, split)
+    return TrainStream(config, split, host, hosts)
 
 
 class TrainStream:
@@ -43,21 +44,30 @@ class TrainStream:
 
     An iterator of (Batch, Info) that makes a few batches ahead in a thread (none where
     `data.threads` is 0). `get_state()` describes the position after the last batch handed out,
-    whatever was made ahead. Use it as a context manager, or `close()` it: threads end there.
+    whatever was made ahead. Use it as a context manager, or `close()` it: threads and processes end
+    there.
+
+    Args:
+      config: the run.
+      split: of its sources.
+      host, hosts: which of how many hosts reads here. It gives its own rows of the global batch,
+        in order, and the state of its own lanes (`merged` joins those of all hosts).
     """
 
-    def __init__(self, config: Config, split: str):
-        self._config = config
+    def __init__(self, config: Config, split: str, host: int = 0, hosts: int = 1):
+        if config.data.lanes % hosts:
+            raise ConfigError(
+                f"config.data.lanes is {config.data.lanes}; expected a multiple of {hosts} hosts"
+            )
+        self._config, self._split = config, split
         self._tokenizer = tokenizers.for_config(config)
-        self._shape = packing.shape_of(config, self._tokenizer.pad)
-        opened = {
-            name: sources.open_source(name, split, config.seed, config.data.corpora)
-            for name, weight in config.data.mixture.items()
-            if weight > 0
-        }
-        self._dataset = _stream(config, split, opened, self._tokenizer)
-        self._fingerprint = _fingerprint(config, split, opened, self._tokenizer)
-        self._position = _Position()
+        rows = config.data.rows // hosts
+        self._shape = packing.shape_of(config, self._tokenizer.pad, rows=rows)
+        self._opened = reading.open_all(config, split, mixing.names(config.data))
+        self._mixture = mixing.Mixture(config, self._opened)
+        self._fingerprint = _fingerprint(config, split, self._opened, self._tokenizer)
+        share = config.data.lanes // hosts
+        self._positions = {lane: Position() for lane in range(host * share, (host + 1) * share)}
         self._batches = None
 
     def __iter__(self) -> "TrainStream":
@@ -68,37 +78,38 @@ class TrainStream:
 
         Raises:
           DataError: too many bad samples, or a batch without anything to learn.
+          PeerError: a process that reads for it died or hangs.
         """
         if self._batches is None:
             self._batches = self._made()
             if self._config.data.threads:
                 self._batches = _Prefetched(self._batches, PREFETCH)
-        batch, info, self._position = next(self._batches)
+        batch, info, self._positions = next(self._batches)
         return batch, info
 
     def get_state(self) -> dict[str, Any]:
         """The position after the last batch handed out, as plain JSON."""
-        return {"fingerprint": self._fingerprint, **self._position.plain()}
+        positions = {str(lane): position.plain() for lane, position in self._positions.items()}
+        return {"fingerprint": self._fingerprint, "lanes": positions}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Goes to a position that `get_state` gave.
+        """Goes to a position that `get_state` or `merged` gave.
 
         Raises:
-          ConfigError: it belongs to another stream; names what differs.
+          ConfigError: it belongs to another stream, naming what differs, or lacks lanes.
         """
-        saved = {"views": 1, **state["fingerprint"]}  # there was no such choice at first
-        for name in {**self._fingerprint, **saved}:
-            old, new = saved.get(name), self._fingerprint.get(name)
-            if old != new:
-                raise ConfigError(
-                    f"the saved position of the data has {name} {old!r}, this config {new!r}: "
-                    "go on with the old value, or start in another workdir"
-                )
+        _require_same(state["fingerprint"], self._fingerprint)
+        missing = [lane for lane in self._positions if str(lane) not in state["lanes"]]
+        if missing:
+            raise ConfigError(
+                f"the saved position of the data lacks lane {missing[0]}: it is of some hosts "
+                "only; restore a checkpoint that all of them wrote"
+            )
         self.close()
-        self._position = _Position.parse(state)
+        self._positions = {n: Position.parse(state["lanes"][str(n)]) for n in self._positions}
 
     def close(self) -> None:
-        """Ends the threads; the next batch would start them again."""
+        """Ends threads and processes; the next batch would start them again."""
         if self._batches is not None:
             self._batches.close()
             self._batches = None
@@ -109,84 +120,67 @@ class TrainStream:
     def __exit__(self, *_) -> None:
         self.close()
 
-    def _made(self) -> Iterator[tuple[Batch, Info, "_Position"]]:
+    def _made(self) -> Iterator[tuple[Batch, Info, dict[int, Position]]]:
         """Batches from the current position on, each with the position after it."""
-        position = self._position
-        pending = collections.deque((k, self._dataset[k]) for k in position.pending)
-        bad = collections.deque(position.bad)
-        with contextlib.closing(_reader(self._dataset, position.next, self._config)) as reader:
-            arrivals = _Arrivals(reader, position.next)
+        reader = reading.Reader(self._config, self._split, self._opened)
+        with contextlib.closing(reader):
+            rejected = []
+            opened = self._lanes(reader, rejected)
             while True:
-                rejects = collections.Counter()
-                rows = [self._row(pending, arrivals, bad, rejects) for _ in range(self._shape.rows)]
+                rejected.clear()
+                each = self._shape.rows // len(opened)
+                rows = [lane.row() for lane in opened.values() for _ in range(each)]
                 batch = packing.assemble(rows, self._shape)
-                info = Info(packing.names(rows), dict(rejects))
+                info = self._info(rows, rejected, opened)
                 _require_supervision(batch, info)
-                held = tuple(k for k, _ in pending)
-                yield batch, info, _Position(arrivals.next, held, tuple(bad))
+                yield batch, info, {number: lane.position for number, lane in opened.items()}
 
-    def _row(self, pending, arrivals, bad, rejects) -> list[Document]:
-        """Tops up the pending documents and takes a row's worth from them."""
-        while len(pending) < self._config.data.pool:
-            k, document = next(arrivals)
-            if document.rejects:
-                rejects.update((document.source, reason) for reason in document.rejects)
-                self._count_bad(k, document, bad)
-            if len(document):
-                pending.append((k, document))
-        size = lambda item: (len(item[1]), len(item[1].pixels))  # noqa: E731
-        chosen = packing.choose(pending, size, self._shape.tokens, self._shape.images)
-        row = [pending[i][1] for i in chosen]
-        for i in sorted(chosen, reverse=True):
-            del pending[i]
-        return row
+    def _lanes(self, reader: reading.Reader, rejected: list[packing.Rejected]) -> dict[int, Lane]:
+        """This host's lanes, each at its position; they append what cannot be used."""
+        data, total = self._config.data, self._config.data.lanes
+        ahead = -(-reader.ahead // len(self._positions))
+        opened = {}
 
-    def _count_bad(self, k: int, document: Document, bad: collections.deque) -> None:
-        """Ends the run where more of the last documents are bad than the config allows."""
-        bad.append(k)
-        while bad[0] <= k - REJECT_WINDOW:
-            bad.popleft()
-        allowed = min(self._config.data.bad_samples * REJECT_WINDOW, REJECT_WINDOW - 1)
-        if len(bad) > allowed:
-            raise DataError(
-                f"{len(bad)} of the last {min(k + 1, REJECT_WINDOW)} samples could not be used; "
-                f"config.data.bad_samples allows {allowed:.0f} in {REJECT_WINDOW}. The last one is "
-                f"{document.key} ({', '.join(document.rejects)}); repair the data or allow more"
-            )
+        def note(document) -> None:
+            rejected.extend((document.key, document.source, why) for why in document.rejects)
+            lanes.check_budget(list(opened.values()), data.bad_samples, document)
+
+        def ask(lane: int):
+            return lambda n: reader.ask(n * total + lane, self._mixture[n * total + lane])
+
+        for number, position in self._positions.items():
+            opened[number] = Lane(ask(number), data, self._shape, position, ahead, note)
+        return opened
+
+    def _info(self, rows, rejected, opened: Mapping[int, Lane]) -> Info:
+        newest = max(lane.next * self._config.data.lanes + n for n, lane in opened.items())
+        return Info(
+            packing.names(rows),
+            dict(collections.Counter((source, why) for _, source, why in rejected)),
+            tuple(rejected),
+            self._mixture.epochs(newest),
+        )
 
 
-class _Arrivals:
-    """Documents in order, each with its number; `next` is the number of the next one."""
+def merged(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The state of the whole stream, from those of all hosts; any number of hosts goes on from it.
 
-    def __init__(self, reader: Iterator[Document], start: int):
-        self._reader, self.next = reader, start
-
-    def __next__(self) -> tuple[int, Document]:
-        document, k = next(self._reader), self.next
-        self.next += 1
-        return k, document
-
-
-class _Position(NamedTuple):
-    """Where the stream stands.
-
-    Attributes:
-      next: the next document to draw.
-      pending: drawn documents that no batch holds yet, oldest first.
-      bad: those of the last REJECT_WINDOW documents that could not be used.
+    Raises:
+      ConfigError: they are not of one stream.
     """
+    first, *others = states
+    for other in others:
+        _require_same(first["fingerprint"], other["fingerprint"])
+    return {**first, "lanes": {n: p for state in states for n, p in state["lanes"].items()}}
 
-    next: int = 0
-    pending: tuple[int, ...] = ()
-    bad: tuple[int, ...] = ()
 
-    def plain(self) -> dict[str, Any]:
-        return {"next": self.next, "pending": list(self.pending), "bad": list(self.bad)}
-
-    @classmethod
-    def parse(cls, state: Mapping[str, Any]) -> "_Position":
-        whole = lambda name: tuple(int(k) for k in state[name])  # noqa: E731
-        return cls(int(state["next"]), whole("pending"), whole("bad"))
+def _require_same(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    for name in {**new, **old}:
+        if old.get(name) != new.get(name):
+            raise ConfigError(
+                f"the saved position of the data has {name} {old.get(name)!r}, this config "
+                f"{new.get(name)!r}: go on with the old value, or start in another workdir"
+            )
 
 
 class _Prefetched:
@@ -229,41 +223,6 @@ class _Prefetched:
         self._thread.join()
 
 
-def _stream(config: Config, split: str, opened: Mapping[str, sources.Source], tokenizer: Tokenizer):
-    """Document k of training, for every k, as a Grain dataset with random access."""
-    # Here and not above: Grain imports jax where jax is installed, and rendering needs none of it.
-    import grain
-
-    def render(drawn: tuple[str, int], rng: np.random.Generator) -> Document:
-        name, index = drawn
-        try:
-            example = opened[name].example(index, rng)
-        except BadExample as bad:
-            return documents.rejected(f"{name}/{split}/{index}", name, bad.reason, config)
-        return documents.document(example, config, tokenizer, rng)
-
-    def shuffled(name: str):
-        indices = order.shuffled(opened[name], name, config.seed, config.data.views)
-        return indices.map(lambda index: (name, int(index)))
-
-    names = list(opened)
-    mixed = grain.MapDataset.mix(
-        [shuffled(name) for name in names], [config.data.mixture[name] for name in names]
-    )
-    return mixed.random_map(render, seed=config.seed % 2**32)
-
-
-def _reader(dataset, start: int, config: Config):
-    """Documents `start` and on, in order, made by `data.threads` threads."""
-    import grain
-
-    threads = config.data.threads
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=8 * threads)
-    reader = iter(dataset.to_iter_dataset(options, allow_nones=False))
-    reader.set_state({"next_index": start})
-    return reader
-
-
 def _fingerprint(
     config: Config, split: str, opened: Mapping[str, sources.Source], tokenizer: Tokenizer
 ) -> dict[str, Any]:
@@ -273,7 +232,11 @@ def _fingerprint(
         "version": _VERSION,
         "seed": config.seed,
         "split": split,
-        "mixture": {name: data.mixture[name] for name in opened},
+        "mixture": {name: weight for name, weight in data.mixture.items() if weight > 0},
+        "schedule": [plain(stage) for stage in data.schedule],
+        "size_power": data.size_power,
+        "caps": dict(data.caps),
+        "loss_weights": dict(data.loss_weights),
         "examples": {name: len(source) for name, source in opened.items()},
         "tokenizer": tokenizer.fingerprint,
         "template": data.template,
@@ -285,7 +248,9 @@ def _fingerprint(
         "visual_tokens": config.model.image_positions,
         **_sizes(config),
         **_instructions(config),
+        "packer": packing.VERSION,
         "pool": data.pool,
+        "lanes": data.lanes,
         "views": data.views,
         **order.fingerprint(opened, data.views),
         **_corpora(opened),

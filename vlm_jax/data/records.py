@@ -14,7 +14,8 @@ from jaxtyping import Int
 from vlm_jax.data.example import BadExample
 from vlm_jax.errors import DataError, StorageError
 
-MAX_RECORD = 16 * 2**20  # bytes; a longer one is bad
+# Bytes; a longer one is bad. Python makes some forty of the worst that a byte can say.
+MAX_RECORD = 2 * 2**20
 _CHUNK = 16 * 2**20
 _BLOCK = 4096  # bytes of which a fingerprint is made,
 _BLOCKS = 256  # and how many of them it reads of all files of a corpus

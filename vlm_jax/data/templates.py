@@ -127,6 +127,10 @@ TEMPLATES = {
     ),
     # LLaVA's first stage (train.py, preprocess_plain): image, caption, end of line; no prompt.
     "plain": Template(answer=("", "\n"), eos=False, user_text=False),
+    # What text towers read beside an image: the caption and its end (open_clip/tokenizer.py;
+    # big_vision's siglip configs, `tokenize(..., eos="sticky")`).
+    "clip": Template(user_text=False),
+    "siglip": Template(bos=False, user_text=False),
     # Web pages as base models read them (`interleaved.py`): texts and images, nothing between them,
     # and the end of a page is learned.
     "interleaved": Template(apart=True, eos=False, last_eos=True),

@@ -22,6 +22,8 @@ SPECIALS = {
 # Only a placeholder: what stands there is replaced by visual tokens, so any id will do.
 IMAGE = ("<image>", "<|image|>", "<image_soft_token>", "<|image_pad|>")
 
+_LONGEST_CHARACTER = 4  # bytes in UTF-8, and so tokens
+
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
@@ -62,6 +64,47 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens left out."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """What each token adds to the text, special ones by name; "" where a character goes on.
+
+        A character of several tokens stands at its last one. Bytes that make no character are given
+        as the vocabulary spells them.
+        """
+        pieces, begun = [], []
+        for i in map(int, ids):
+            if i in self._specials or self.backend.id_to_token(i) is None:
+                pieces += [*map(self._named, begun), self._named(i)]
+                begun = []
+                continue
+            begun.append(i)
+            text = self._after_words(begun)
+            if "\ufffd" not in text:
+                pieces += [""] * (len(begun) - 1) + [text]
+                begun = []
+            elif len(begun) == _LONGEST_CHARACTER:
+                pieces += map(self._named, begun)
+                begun = []
+        return [*pieces, *map(self._named, begun)]
+
+    def is_special(self, i: int) -> bool:
+        """Whether an id is that of a special token."""
+        return i in self._specials
+
+    @functools.cached_property
+    def _specials(self) -> frozenset[int]:
+        added = self.backend.get_added_tokens_decoder()
+        special = (i for i, token in added.items() if token.special)
+        return frozenset((self.pad, self.bos, self.eos, self.image, *special))
+
+    def _named(self, i: int) -> str:
+        name = self.backend.id_to_token(i)
+        return f"<{i}>" if name is None else name
+
+    def _after_words(self, ids: Sequence[int]) -> str:
+        """Text of ids in the middle of a text: at its start decoders may drop a space."""
+        words = self.encode("a")
+        return self.decode([*words, *ids]).removeprefix(self.decode(words))
 
     def special(self, name: str) -> int:
         """Id of a token by its exact name.
@@ -109,13 +152,14 @@ def for_config(config: Config) -> Tokenizer:
     """The config's tokenizer.
 
     Raises:
-      ConfigError: it has more ids than the decoder has embeddings, or cannot be read; or the one
-        that the connector needs.
+      ConfigError: it has more ids than the decoder or text tower has embeddings, or cannot be
+        read; or the one that the connector needs.
     """
     tokenizer = load(config.data.tokenizer)
-    if tokenizer.size > config.model.decoder.tokens:
+    if tokenizer.size > config.model.tokens:
+        reader = "text" if config.model.pair else "decoder"
         raise ConfigError(
-            f"config.model.decoder.vocab is {config.model.decoder.tokens}; the tokenizer "
+            f"config.model.{reader}.vocab is {config.model.tokens}; the tokenizer "
             f"{config.data.tokenizer!r} needs at least {tokenizer.size}"
         )
     if config.model.instructed:

@@ -5,7 +5,7 @@ import functools
 import itertools
 import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from vlm_jax.data.example import Example
 from vlm_jax.errors import DataError
 from vlm_jax.evaluation import baselines, losses, questions, scores
 from vlm_jax.evaluation.predictor import Predictor
+from vlm_jax.evaluation.retrieval import Retriever
 from vlm_jax.evaluation.vision import Vision
 
 CAPTION = "caption"
@@ -55,15 +56,24 @@ class Evaluator:
         Returns:
           {"eval/SPLIT/KIND/loss": nats per answer token, "eval/SPLIT/KIND/gap": ...}.
         """
-        vision, scalars = Vision(self.config, params), {}
+        measure, scalars = self._measure(params), {}
         for split, kind in itertools.product(self.config.eval.splits, self.config.eval.kinds):
-            right = losses.per_example(vision, self._batches(split, kind, "right"))
+            right = measure(split, kind, "right")
             scalars[f"eval/{split}/{kind}/loss"] = losses.total(right)
             gap = self.config.data.images and kind == CAPTION
             if gap and self._can_shuffle(split, kind, self.config.eval.examples):
-                other = losses.per_example(vision, self._batches(split, kind, "shuffled"))
+                other = measure(split, kind, "shuffled")
                 scalars[f"eval/{split}/{kind}/gap"] = losses.gap(right, other)
         return scalars
+
+    def _measure(self, params: Params) -> Callable[[str, str, str], dict[str, losses.Loss]]:
+        """Held-out losses during the run, by split, kind and what is shown."""
+        if self.config.model.pair:
+            limit = self.config.eval.examples
+            model = Retriever(self.config, params)
+            return lambda split, kind, images: _losses(model, split, kind, limit, images)
+        vision = Vision(self.config, params)
+        return lambda *shown: losses.per_example(vision, self._batches(*shown))
 
     def final(
         self, params: Params, text_only: Params | None = None, step: int | None = None
@@ -76,7 +86,8 @@ class Evaluator:
           step: optimizer steps that the model was trained for; by default all of the config's.
         """
         splits, kinds = self.config.eval.splits, self.config.eval.kinds
-        models = {scores.MODEL: Predictor(self.config, params)}
+        answering = Retriever if self.config.model.pair else Predictor
+        models = {scores.MODEL: answering(self.config, params)}
         if text_only is not None:
             models[TEXT_ONLY] = Predictor(without_images(self.config), text_only)
         # Kinds outside, so that what a kind compiles and reads serves all its splits.
@@ -108,7 +119,9 @@ class Evaluator:
             self._held[key] = list(heldout.eval_batches(self.config, split, kind, limit, images))
         return self._held[key]
 
-    def _score(self, split: str, kind: str, models: Mapping[str, Predictor]) -> list[scores.Score]:
+    def _score(
+        self, split: str, kind: str, models: Mapping[str, Predictor | Retriever]
+    ) -> list[scores.Score]:
         """Every score of a split and kind; keeps the samples."""
         examples = self._examples(split, kind, self.config.eval.final_examples)
         measured = self._final_losses(split, kind, models)
@@ -123,7 +136,7 @@ class Evaluator:
         ]
 
     def _final_losses(
-        self, split: str, kind: str, models: Mapping[str, Predictor]
+        self, split: str, kind: str, models: Mapping[str, Predictor | Retriever]
     ) -> dict[str, dict[str, dict[str, losses.Loss]]]:
         """Losses by what was shown ("right" or "shuffled" images), model and example."""
         limit = self.config.eval.final_examples
@@ -133,8 +146,7 @@ class Evaluator:
             both = model.config.data.images and self._can_shuffle(split, kind, limit)
             shown = ("right", "shuffled") if both else ("right",)
             for images in shown:
-                batches = heldout.eval_batches(model.config, split, kind, limit, images)
-                measured[images][name] = losses.per_example(model.vision, batches)
+                measured[images][name] = _losses(model, split, kind, limit, images)
         return measured
 
     def _can_shuffle(self, split: str, kind: str, limit: int) -> bool:
@@ -148,7 +160,7 @@ class Evaluator:
     def _answer_scores(
         self,
         examples: Sequence[Example],
-        models: Mapping[str, Predictor],
+        models: Mapping[str, Predictor | Retriever],
         labels: Mapping[str, str],
     ) -> list[scores.Score]:
         """Scores of the answers of the models and of every baseline; keeps the samples."""
@@ -208,7 +220,7 @@ class Evaluator:
             paths.append(path)
         return paths
 
-    def _keep_attention(self, model: Predictor) -> None:
+    def _keep_attention(self, model: Predictor | Retriever) -> None:
         """Writes where a Perceiver connector looks in a few pictures of each split."""
         rows = []
         for split in self.config.eval.splits:
@@ -255,6 +267,17 @@ class Evaluator:
             path.write_text(content)
         else:
             content.save(path)
+
+
+def _losses(
+    model: Predictor | Retriever, split: str, kind: str, limit: int, images: str
+) -> dict[str, losses.Loss]:
+    """Of every held-out example, by its key; `images` are "right" or "shuffled"."""
+    if isinstance(model, Predictor):
+        batches = heldout.eval_batches(model.config, split, kind, limit, images)
+        return losses.per_example(model.vision, batches)
+    examples = heldout.eval_examples(model.config, split, kind, limit)
+    return model.losses(heldout.shuffle_images(examples) if images == "shuffled" else examples)
 
 
 def without_images(config: configs.Config) -> configs.Config:

@@ -71,8 +71,13 @@ class Text(nnx.Module):
         self, images: Float[Array, "n E"], texts: Float[Array, "m E"]
     ) -> Float[Array, "n m"]:
         """The logits that contrastive losses are made of."""
-        logits = jnp.matmul(images, texts.T) * jnp.exp(self.logit_scale[...])
-        return logits if self.logit_bias is None else logits + self.logit_bias[...]
+        scale, bias = self.scale_and_bias()
+        return jnp.matmul(images, texts.T) * scale + bias
+
+    def scale_and_bias(self) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """What makes logits of products of embeddings."""
+        bias = jnp.zeros(()) if self.logit_bias is None else self.logit_bias[...]
+        return jnp.exp(self.logit_scale[...]), bias
 
 
 def unit(x: Float[Array, "... E"]) -> Float[Array, "... E"]:

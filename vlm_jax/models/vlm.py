@@ -94,9 +94,19 @@ class VLM(nnx.Module):
         dropout: Array | None = None,
     ) -> Float[Array, "n m"]:
         """Logits of every image with every text; `there` is False for padding."""
+        return self.text.similarity(*self.embeddings(images, tokens, there, dropout))
+
+    def embeddings(
+        self,
+        images: Images,
+        tokens: Int[Array, "m T"],
+        there: Bool[Array, "m T"],
+        dropout: Array | None = None,
+    ) -> tuple[Float[Array, "n E"], Float[Array, "m E"]]:
+        """Images and texts as vectors of length 1; `there` is False for padding."""
         keys = (None, None) if dropout is None else jax.random.split(dropout)
         seen = self.text.images(self.encoder(images, keys[0]))
-        return self.text.similarity(seen, self.text(tokens, there, keys[1]))
+        return seen, self.text(tokens, there, keys[1])
 
     def hidden(
         self,

@@ -40,6 +40,7 @@ FREE = (
     "train.log_every",
     "tracking",
     "data.threads",
+    "data.workers",
     "data.bad_samples",
 )
 

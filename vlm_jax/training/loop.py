@@ -73,6 +73,7 @@ def train(
                 saved.save(step, state, stream)
             if stopping and step < config.train.steps:
                 raise Interrupted(f"stopped after step {step}; the same command continues it")
+        log.repeats()
     return state
 
 
@@ -123,6 +124,7 @@ class _Log:
         self._progress = progress.Progress(config.train.steps)
         self._meter = progress.Meter(config.train.steps)
         self._pending: _Pending | None = None
+        self._epochs: Mapping[str, float] = {}
         self._warm = False
 
     def __enter__(self) -> "_Log":
@@ -145,6 +147,12 @@ class _Log:
         self._progress.evaluation(step, figures)
         self._meter.restart()
 
+    def repeats(self) -> None:
+        """Says which sources were read more than once."""
+        often = [f"{name} {times:.1f} times" for name, times in self._epochs.items() if times > 1]
+        if often:
+            self._progress.say(f"read more than once: {', '.join(often)}")
+
     def settle(self) -> None:
         """Writes what is pending and puts it on the disk, before a checkpoint or a long wait."""
         self._write()
@@ -162,5 +170,7 @@ class _Log:
         shown = _due(pending.step, self._every, self._steps)
         speeds = self._meter.read(pending.step) if shown else {}
         self._metrics.write(line | ({"time": speeds} if speeds else {}), show=shown)
+        self._metrics.quarantine(pending.step, pending.info)
+        self._epochs = pending.info.epochs
         if shown:
             self._progress.step(line | {"time": speeds})

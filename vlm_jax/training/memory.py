@@ -131,6 +131,8 @@ def _activations(config: Config, plan: Plan, mesh: Mapping[str, int]) -> float:
         own = any(path.startswith(f"{tower.name}/") for path in plan.lr)
         total += tower.activations(own or (below and not tower.lowest))
         below = below or own
+    if config.model.pair:  # compared block by block, see `pairs.py`
+        return total
     vocab = config.model.decoder.tokens / mesh["tensor"]
     logits_and_gradient = 2 * rows * config.data.tokens * vocab * FLOAT32
     return total + logits_and_gradient
@@ -151,6 +153,12 @@ def _towers(config: Config, rows: int, tensor: int) -> Iterator[Tower]:
             name = f"extra_encoders/{i - 1}" if i else "encoder"
             for run in encoder.runs:
                 yield tower(name, slots, Work(*run, encoder.remat), encoder.dtype, lowest=True)
+    if model.pair:
+        text = model.text
+        sizes = (text.length, text.length, text.width, text.mlp, text.heads, text.depth)
+        yield tower("text", rows, Work(*sizes, text.remat), text.dtype, lowest=True)
+        return
+    if data.images:
         connector = model.connector
         work = connector.work(model.encoders, model.visual_width)
         if model.instructed:

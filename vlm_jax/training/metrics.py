@@ -14,6 +14,7 @@ from vlm_jax.errors import ConfigError
 from vlm_jax.schema import plain
 
 FILE = "metrics.jsonl"
+QUARANTINE = "quarantine.jsonl"
 
 Row = dict[str, Any]
 
@@ -44,7 +45,43 @@ def row(step: int, sums: Mapping[str, Any], info: Info) -> Row:
     if info.rejects:
         rejects = sorted(info.rejects.items())
         line["rejects"] = {f"{source}/{reason}": count for (source, reason), count in rejects}
+    if info.epochs:
+        line["epochs"] = {source: round(epochs, 4) for source, epochs in info.epochs.items()}
     return line
+
+
+def quarantined(step: int, info: Info) -> list[Row]:
+    """A line for every sample drawn for a step that could not be used."""
+    return [
+        {"step": step, "key": key, "source": source, "reason": reason}
+        for key, source, reason in info.rejected
+    ]
+
+
+class Journal:
+    """A file of JSON lines, each of some step, that reads like that of an unbroken run.
+
+    Args:
+      path: of the file.
+      step: where the run stands; lines that a killed process wrote of later steps are dropped.
+    """
+
+    def __init__(self, path: Path, step: int):
+        _drop_after(path, step)
+        self._file = path.open("a")
+
+    def write(self, line: Row) -> None:
+        """Appends a line."""
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Puts all lines on the disk."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
 
 
 class View(Protocol):
@@ -56,46 +93,52 @@ class View(Protocol):
 
 
 class Metrics:
-    """Appends lines to metrics.jsonl and shows them in the views; only the first host writes.
+    """Appends lines to metrics.jsonl and shows them in the views; only the first host does.
+
+    Every host lists the samples that it could not use: in quarantine.jsonl, or in a file of the
+    same kind with its number.
 
     Args:
       workdir: the run's folder.
       config: the run; `tracking` names the views.
-      step: where the run stands; what a killed process logged after it is dropped, so that the
-        file reads like that of an unbroken run.
+      step: where the run stands.
     """
 
     def __init__(self, workdir: str | os.PathLike, config: Config, step: int):
+        workdir, host = Path(workdir), jax.process_index()
         self._file, self._views = None, []
-        if jax.process_index() == 0:
-            path = Path(workdir) / FILE
-            _drop_after(path, step)
-            self._file = path.open("a")
-            self._views = _views(Path(workdir), config, step)
+        bad = Path(QUARANTINE)
+        self._bad = Journal(workdir / (bad.with_stem(f"{bad.stem}-{host}") if host else bad), step)
+        if host == 0:
+            self._file = Journal(workdir / FILE, step)
+            self._views = _views(workdir, config, step)
 
     def __enter__(self) -> "Metrics":
         return self
 
     def __exit__(self, *_) -> None:
-        if self._file is not None:
-            self._file.close()
-        for view in self._views:
-            view.close()
+        for open_ in (self._bad, *filter(None, [self._file]), *self._views):
+            open_.close()
 
     def write(self, line: Row, show: bool = True) -> None:
         """Appends a line; `show` also sends it to the views."""
         if self._file is None:
             return
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        self._file.write(line)
         if show:
             for view in self._views:
                 view.write(line["step"], scalars(line))
 
+    def quarantine(self, step: int, info: Info) -> None:
+        """Lists what could not be used for a step."""
+        for line in quarantined(step, info):
+            self._bad.write(line)
+
     def sync(self) -> None:
         """Puts all lines on the disk, so that none is older than the checkpoint that follows."""
+        self._bad.sync()
         if self._file is not None:
-            os.fsync(self._file.fileno())
+            self._file.sync()
 
 
 def scalars(line: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from vlm_jax.batch import Batch
 from vlm_jax.config import Config
 from vlm_jax.models.vlm import VLM, target_weights, tokens_of
+from vlm_jax.training import pairs
 
 Sums = dict[str, Array]
 
@@ -22,10 +23,10 @@ def losses(
     """The scalar to minimise over a global batch, and its metrics as sums.
 
     The loss is the sum over the supervised tokens of the whole batch divided by their weight, so it
-    does not depend on how rows are spread over devices. Metrics: `nll` (without smoothing),
-    `weight` and `correct` over supervised tokens; `tokens` (real ones), `positions` (with padding)
-    and `images`; with the auxiliary losses `words_nll` over `words_images` and `contrastive_nll`
-    over `contrastive_images`.
+    does not depend on how rows are spread over devices; of a model of pairs it is `belonging`.
+    Metrics: `nll` (without smoothing), `weight` and `correct` over supervised tokens; `tokens`
+    (real ones), `positions` (with padding) and `images`; with the auxiliary losses `words_nll` over
+    `words_images` and `contrastive_nll` over `contrastive_images`.
 
     Args:
       vlm: the model over its parameters.
@@ -33,6 +34,8 @@ def losses(
       config: read for `data.images`, the smoothing and the weights of the auxiliary losses.
       dropout: PRNG key; None = evaluation.
     """
+    if config.model.pair:
+        return belonging(vlm, batch, config.train.pairs, dropout)
     keys = (None, None) if dropout is None else jax.random.split(dropout)
     # Without images no row looks at a visual token: the encoder need not run at all.
     visual = None
@@ -55,6 +58,37 @@ def losses(
     if config.train.bag_of_words and tokens is not None:
         words, words_sums = bag_of_words(vlm, tokens, batch.image_texts)
         loss, sums = loss + config.train.bag_of_words * words, sums | words_sums
+    return loss, sums
+
+
+def belonging(
+    vlm: VLM, batch: Batch, kind: str, dropout: Array | None = None
+) -> tuple[Float[Array, ""], Sums]:
+    """How well embeddings say which image and which text of the global batch belong together.
+
+    Every row is a pair, and one that was rejected is not there. In the sums `nll` is the loss of
+    all pairs, `weight` counts them, and `correct` those whose image finds its own text nearest.
+
+    Args:
+      vlm: a model of pairs.
+      batch: rows of one image and one text each.
+      kind: a row of `pairs.LOSSES`.
+      dropout: PRNG key; None = evaluation.
+    """
+    # Padding is read as text is: so were the published towers trained.
+    whole = jnp.ones(batch.tokens.shape, bool)
+    images, texts = vlm.embeddings(batch.images, batch.tokens, whole, dropout)
+    there = (batch.images.grids[:, 0, 0] > 0) & jnp.any(batch.loss_weights > 0, axis=1)
+    loss = pairs.spread(pairs.LOSSES[kind])(images, texts, there, *vlm.text.scale_and_bias())
+    count = jnp.sum(there).astype(jnp.float32)
+    sums = {
+        "nll": loss * count,
+        "weight": count,
+        "correct": pairs.spread(pairs.hits, scalars=0)(images, texts, there),
+        "tokens": jnp.sum(batch.segments > 0),
+        "positions": jnp.asarray(batch.segments.size),
+        "images": jnp.sum(batch.images.grids[..., 0] > 0),
+    }
     return loss, sums
 
 

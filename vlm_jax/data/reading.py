@@ -1,0 +1,156 @@
+"""Documents by number, made here, in threads or in processes: the same ones whichever it is."""
+
+import concurrent.futures
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from vlm_jax.config import Config
+from vlm_jax.data import documents, sources
+from vlm_jax.data import tokenizer as tokenizers
+from vlm_jax.data.documents import Document
+from vlm_jax.data.example import BadExample
+from vlm_jax.data.mixing import Drawn
+from vlm_jax.data.sources import Source
+from vlm_jax.errors import PeerError
+
+AHEAD = 8  # documents that are made ahead by each thread or process
+PATIENCE = 600.0  # seconds after which a worker process that gives nothing is taken for hung
+
+Awaited = Callable[[], Document]
+
+
+class Renderer:
+    """Makes documents.
+
+    Args:
+      config: the run.
+      split: of the sources.
+      opened: the sources by name.
+    """
+
+    def __init__(self, config: Config, split: str, opened: Mapping[str, Source]):
+        self._config, self._split, self._opened = config, split, opened
+        self._tokenizer = tokenizers.for_config(config)
+
+    def __call__(self, k: int, drawn: Drawn) -> Document:
+        """Document k: a pure function of the seed, k and the example that it is made of."""
+        name, index = drawn
+        # A counter of its own for every k; what Grain's `random_map` draws.
+        rng = np.random.Generator(
+            np.random.Philox(self._config.seed % 2**32, counter=[0, 0, 0, int(k)])
+        )
+        weight = self._config.data.loss_weights.get(name, 1.0)
+        try:
+            example = self._opened[name].example(index, rng)
+        except BadExample as bad:
+            key = f"{name}/{self._split}/{index}"
+            return documents.rejected(key, name, bad.reason, self._config)
+        return documents.document(example, self._config, self._tokenizer, rng).weighed(weight)
+
+
+class Reader:
+    """Makes documents ahead of their use. `close()` ends its threads or processes.
+
+    Args:
+      config: the run; its `data.workers` processes or `data.threads` threads do the work, or
+        whoever asks where both are 0.
+      split: of the sources.
+      opened: the sources by name.
+    """
+
+    def __init__(self, config: Config, split: str, opened: Mapping[str, Source]):
+        self._render = Renderer(config, split, opened)
+        self._processes = config.data.workers > 0
+        self.ahead = AHEAD * (config.data.workers or config.data.threads)
+        self._pool: concurrent.futures.Executor | None = None
+        if self._processes:
+            # Spawned: a fork of a process with threads may hang.
+            self._pool = concurrent.futures.ProcessPoolExecutor(
+                config.data.workers,
+                multiprocessing.get_context("spawn"),
+                _start,
+                (config, split),
+            )
+        elif config.data.threads:
+            self._pool = concurrent.futures.ThreadPoolExecutor(config.data.threads, "vlm-read")
+
+    def ask(self, k: int, drawn: Drawn) -> Awaited:
+        """Begins to make document k; what is returned waits for it.
+
+        Raises:
+          PeerError: a worker process died or hangs (when waited for).
+        """
+        if self._pool is None:
+            return lambda: self._render(k, drawn)
+        if not self._processes:
+            return self._pool.submit(self._render, k, drawn).result
+        try:
+            future = self._pool.submit(_make, k, drawn)
+        except concurrent.futures.BrokenExecutor as error:
+            raise _lost(error) from error
+        return lambda: _waited(future)
+
+    def close(self) -> None:
+        """Ends the threads or processes; what was begun is dropped."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+
+def open_all(config: Config, split: str, names: list[str]) -> dict[str, Source]:
+    """Sources by name.
+
+    Raises:
+      ConfigError: no such source or split.
+      DataError: a corpus cannot be read.
+    """
+    return {
+        name: sources.open_source(name, split, config.seed, config.data.corpora) for name in names
+    }
+
+
+def end_with_parent() -> None:
+    """For a worker process: it would wait for work for ever once its parent was killed."""
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+# In a worker process ----------------------------------------------------------------------------
+
+_state: dict[str, Any] = {}
+
+
+def _start(config: Config, split: str) -> None:
+    from vlm_jax.data import mixing
+
+    end_with_parent()
+    _state["render"] = Renderer(config, split, open_all(config, split, mixing.names(config.data)))
+
+
+def _make(k: int, drawn: Drawn) -> Document:
+    return _state["render"](k, drawn)
+
+
+# ------------------------------------------------------------------------------------------------
+
+
+def _waited(future: concurrent.futures.Future) -> Document:
+    try:
+        return future.result(PATIENCE)
+    except (concurrent.futures.BrokenExecutor, TimeoutError) as error:
+        raise _lost(error) from error
+
+
+def _lost(error: BaseException) -> PeerError:
+    return PeerError(
+        f"a process that reads data died or hangs ({error or type(error).__name__}): was it killed "
+        "for want of memory? The same command goes on from the last checkpoint"
+    )
