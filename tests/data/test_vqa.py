@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from vlm_jax.data import records, rows, vqa
+from vlm_jax.data import records, rows, scanning, vqa
 from vlm_jax.errors import DataError
 
 
@@ -81,9 +81,9 @@ def test_files_that_are_none_of_vqas_are_refused(tmp_path):
         vqa.GqaRecords(path)
 
 
-@pytest.mark.parametrize("chunk", [1, 7, records._CHUNK])
+@pytest.mark.parametrize("chunk", [1, 7, scanning._CHUNK])
 def test_members_of_an_object_are_records(tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr(records, "_CHUNK", chunk)
+    monkeypatch.setattr(scanning, "_CHUNK", chunk)
     said = {"0": {"a": [1.5e3, "}"]}, '\\"1': {}, "\u20ac": {"imageId": {"deep": [{}]}}}
     path = tmp_path / "all.json"
     for indent in (None, 2):

@@ -15,7 +15,8 @@ from jaxtyping import Int
 from vlm_jax.data import conversations, rows
 from vlm_jax.data.conversations import Parsed, Record, short
 from vlm_jax.data.example import BadExample
-from vlm_jax.data.records import JsonRecords, digest, entries, members, parse
+from vlm_jax.data.records import JsonRecords, digest, parse
+from vlm_jax.data.scanning import entries, members
 from vlm_jax.errors import DataError
 
 
