@@ -381,7 +381,7 @@ def pages(folder) -> Made:
             4: ("no_text", place(4, 2)),
             5: ("no_pdf", place(5, 1)),
             6: ("not_a_pdf", place(6, 1)),
-            7: ("bad_pages", place(7, 1)),
+            7: ("bad_page", place(7, 1)),
             9: ("no_such_page", place(9, 2)),
         },
     )

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 
 import corpora
@@ -162,6 +163,29 @@ def test_without_the_renderer_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(pdf.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="extra `corpora`"):
         pdf_pages.PageRecords("none.tar")
+
+
+def test_text_beside_a_pdf_is_never_passed_over(tmp_path):
+    # Without pages in the JSON the text is that of the PDF; JSON that is broken is no such thing.
+    said = {
+        "0": b"{}",
+        "1": b'{"pages": []}',
+        "2": b"{",
+        "3": b'{"pages": 3}',
+        "4": b'{"pages": [1]}',
+    }
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, data in said.items():
+            whole = corpora.pdf(corpora.red_page(1, b"layer"))
+            for ending, content in ((".json", data), (".pdf", whole)):
+                info = tarfile.TarInfo(name + ending)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    found = pdf_pages.PageRecords(tmp_path / "a.tar")
+    assert [found[i].caption for i in range(2)] == ["layer"] * 2
+    for index, reason in ((2, "not_json"), (3, "bad_pages"), (4, "not_an_object")):
+        with pytest.raises(BadExample, match=reason):
+            found[index]
 
 
 def test_no_shard_is_no_corpus(tmp_path):

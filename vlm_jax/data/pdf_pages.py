@@ -7,28 +7,35 @@ of the file. A page that the JSON says no text of has that of the PDF itself. Ho
 are is read from the JSON, or else from the PDF, when the corpus is opened: prepare a large one.
 """
 
-import json
+import io
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from vlm_jax.data import decoding, pdf
+from vlm_jax.data.conversations import short
 from vlm_jax.data.example import BadExample
-from vlm_jax.data.records import parse
+from vlm_jax.data.records import MAX_RECORD, parse
+from vlm_jax.data.scanning import sections
 from vlm_jax.data.tars import Sample, Tars, grouped, span
+from vlm_jax.errors import DataError
 
-MAX_JSON = 8 * 2**20  # bytes of the text and boxes of a whole document
+MAX_JSON = 64 * 2**20  # bytes of the text and boxes of a whole document
 MAX_PAGES = 1000  # of a document; one with more is one bad record
 
 
 class _Place(NamedTuple):
-    """Where a page lies: -1 for what it lacks."""
+    """Where a page lies: its document's PDF, and of the JSON its own part, or all of it if `whole`.
+
+    -1 for what it lacks.
+    """
 
     shard: int
     pdf: int
     pdf_size: int
     json: int
     json_size: int
+    whole: int
     page: int
     pages: int
 
@@ -60,13 +67,15 @@ class PageRecords(Tars):
             raise BadExample("no_pdf", "expected a member that ends in .pdf")
         if place.pages > MAX_PAGES:
             raise BadExample("too_many_pages", f"{place.pages}; expected at most {MAX_PAGES}")
-        if place.pdf_size > decoding.MAX_BYTES or place.json_size > MAX_JSON:
+        if place.pdf_size > decoding.MAX_BYTES or place.json_size > MAX_RECORD:
             sizes = f"{place.pdf_size} bytes of PDF and {place.json_size} of JSON"
             raise BadExample("record_too_large", sizes)
         data, said = self.read(
             index, (place.pdf, place.pdf_size), (max(place.json, 0), place.json_size)
         )
-        text = page_text(parse(said), place.page) if place.json >= 0 else ""
+        text = page_text(parse(said)) if place.json >= 0 and not place.whole else ""
+        if place.whole:
+            _expect_no_pages(parse(said))
         page = pdf.page(data, place.page)
         if not (text or page.text).strip():
             raise BadExample("no_text", f"page {place.page + 1} has none, in JSON or PDF")
@@ -74,26 +83,29 @@ class PageRecords(Tars):
 
     def where(self, index: int) -> str:
         """The shard of page `index`, how many-eth it is there, and which of its document."""
-        return f"{super().where(index)}, page {self.spans[index, 5] + 1}"
+        return f"{super().where(index)}, page {self.spans[index, 6] + 1}"
 
 
-def page_text(record: Mapping[str, Any], number: int) -> str:
+def page_text(page: Mapping[str, Any]) -> str:
     """The text of a page as its JSON has it; "" where it says none.
 
     Raises:
       BadExample: it is not as PDFA or OCR-IDL write it.
     """
-    found = record.get("pages", [])
-    if not isinstance(found, list) or not all(isinstance(page, dict) for page in found):
-        raise BadExample("bad_pages", "pages is no list of objects")
-    page = found[number] if number < len(found) else {}
     for part, between in ((page.get("lines"), "\n"), (page, "\n"), (page.get("words"), " ")):
         texts = part.get("text") if isinstance(part, dict) else None
         if texts and not (isinstance(texts, list) and all(isinstance(t, str) for t in texts)):
-            raise BadExample("bad_pages", f"text of page {number + 1} is no list of texts")
+            raise BadExample("bad_page", f"text is {short(texts)}; expected a list of texts")
         if texts:
             return between.join(texts)
     return ""
+
+
+def _expect_no_pages(document: Mapping[str, Any]) -> None:
+    """Raises BadExample where pages stand that are no list: what a PDF says is not taken for it."""
+    if document.get("pages"):
+        given = short(document["pages"])
+        raise BadExample("bad_pages", f"pages is {given}; expected a list of objects")
 
 
 def _index(number: int, path: str) -> Iterator[_Place]:
@@ -103,11 +115,21 @@ def _index(number: int, path: str) -> Iterator[_Place]:
             document, said = span(members.get(".pdf")), span(members.get(".json"))
             if max(document[0], said[0]) < 0:
                 continue
-            count = _pages_said(_raw(file, *said, MAX_JSON)) or _pages_there(
-                _raw(file, *document, decoding.MAX_BYTES)
-            )
+            parts = _parts(_raw(file, *said, MAX_JSON), said[0])
+            whole = said[0] >= 0 and not len(parts)
+            count = len(parts) or _pages_there(_raw(file, *document, decoding.MAX_BYTES))
             for page in range(count if count <= MAX_PAGES else 1):
-                yield _Place(number, *document, *said, page, count)
+                own = parts[page] if len(parts) else said
+                yield _Place(number, *document, *own, whole, page, count)
+
+
+def _parts(said: Callable[[], bytes], at: int) -> list[tuple[int, int]]:
+    """Where each page's part of a document's JSON begins, and its size; none where it has none."""
+    try:
+        found = sections(io.BytesIO(said()), Path("its .json")).get("pages", ())
+    except DataError:
+        return []
+    return [(at + start, end - start) for start, end in found]
 
 
 def _raw(file: BinaryIO, at: int, size: int, most: int) -> Callable[[], bytes]:
@@ -118,15 +140,6 @@ def _raw(file: BinaryIO, at: int, size: int, most: int) -> Callable[[], bytes]:
         return file.read(size)
 
     return read if at >= 0 and size <= most else bytes
-
-
-def _pages_said(said: Callable[[], bytes]) -> int:
-    """How many pages a document's JSON has; 0 where it has none."""
-    try:
-        found = json.loads(said()).get("pages")
-    except (ValueError, AttributeError, RecursionError):
-        return 0
-    return len(found) if isinstance(found, list) else 0
 
 
 def _pages_there(document: Callable[[], bytes]) -> int:

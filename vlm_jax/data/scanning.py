@@ -51,7 +51,10 @@ def _lines(file) -> Int[np.ndarray, "n 2"]:
 
 
 def _after_mark(file) -> int:
-    return len(_BOM) if os.pread(file.fileno(), len(_BOM), 0) == _BOM else 0
+    file.seek(0)
+    found = file.read(len(_BOM))
+    file.seek(0)
+    return len(_BOM) if found == _BOM else 0
 
 
 def _elements(file, path: Path) -> Int[np.ndarray, "n 2"]:
@@ -115,9 +118,7 @@ class _Scanner:
     def __init__(self, file, path: Path):
         self._file, self._path = file, path
         self._parse = json.JSONDecoder().raw_decode
-        self._text, self._base, self._at = "", 0, 0
-        file.seek(0)
-        self._at = _after_mark(file)
+        self._text, self._base, self._at = "", 0, _after_mark(file)
         while len(self._text) < self._at and self._more():
             pass
 
@@ -201,7 +202,11 @@ class _Scanner:
         return found
 
     def _raw(self, start: int, end: int) -> bytes:
-        return os.pread(self._file.fileno(), end - start, start)
+        at = self._file.tell()
+        self._file.seek(start)
+        found = self._file.read(end - start)
+        self._file.seek(at)
+        return found
 
     def _more(self) -> bool:
         data = self._file.read(max(_CHUNK, len(self._text)))
