@@ -22,7 +22,7 @@ from vlm_jax.data.records import digest
 from vlm_jax.errors import ConfigError, DataError, StorageError
 
 PART_BYTES = 64 * 2**20  # of the rows that are read at once, as the footer says
-PART_ROWS = 1024  # of them: a footer may say less than a page that repeats one value unpacks to
+PART_ROWS = 256  # of them: a page that repeats one value unpacks to more than the footer says
 CACHE_BYTES = 256 * 2**20  # of parts that are kept
 FOOTERS = 16  # of files that are kept: a thousand groups take some milliseconds and MB
 

@@ -12,6 +12,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
+from jaxtyping import Int
+
 from vlm_jax.data import decoding, pdf
 from vlm_jax.data.conversations import short
 from vlm_jax.data.example import BadExample
@@ -22,6 +25,8 @@ from vlm_jax.errors import DataError
 
 MAX_JSON = 64 * 2**20  # bytes of the text and boxes of a whole document
 MAX_PAGES = 1000  # of a document; one with more is one bad record
+
+_NONE = np.zeros((0, 2), np.int64)
 
 
 class _Place(NamedTuple):
@@ -119,17 +124,17 @@ def _index(number: int, path: str) -> Iterator[_Place]:
             whole = said[0] >= 0 and not len(parts)
             count = len(parts) or _pages_there(_raw(file, *document, decoding.MAX_BYTES))
             for page in range(count if count <= MAX_PAGES else 1):
-                own = parts[page] if len(parts) else said
+                own = parts[page].tolist() if len(parts) else said
                 yield _Place(number, *document, *own, whole, page, count)
 
 
-def _parts(said: Callable[[], bytes], at: int) -> list[tuple[int, int]]:
+def _parts(said: Callable[[], bytes], at: int) -> Int[np.ndarray, "n 2"]:
     """Where each page's part of a document's JSON begins, and its size; none where it has none."""
     try:
-        found = sections(io.BytesIO(said()), Path("its .json")).get("pages", ())
+        found = sections(io.BytesIO(said()), Path("its .json")).get("pages", _NONE)
     except DataError:
-        return []
-    return [(at + start, end - start) for start, end in found]
+        return _NONE
+    return np.stack([at + found[:, 0], found[:, 1] - found[:, 0]], axis=1)
 
 
 def _raw(file: BinaryIO, at: int, size: int, most: int) -> Callable[[], bytes]:
