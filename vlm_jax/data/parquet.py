@@ -156,21 +156,31 @@ class ParquetRecords:
         at, ahead, batches = self._reading
         if at != number or ahead > part:
             ahead, batches = 0, self._batches(path, group, rows)
-        found = pyarrow.record_batch({})
+        found = pyarrow.table({})
         for _ in range(ahead, part + 1):
             found = next(batches, found[:0])
         self._reading = (number, part + 1, batches)
         return found
 
-    def _batches(self, path: str, group: _Group, rows: int):
+    def _batches(self, path: str, group: _Group, rows: int) -> Iterator[Any]:
+        """The rows of a group as tables of `rows` of them, the last one of what is left."""
         import pyarrow.parquet
 
         # Or all columns of the group are read whole before its first row.
         piecewise = {"pre_buffer": False, "buffer_size": 2**20}
         with pyarrow.parquet.ParquetFile(path, metadata=self._footer(path), **piecewise) as file:
-            yield from file.iter_batches(
+            held = pyarrow.table({})
+            for batch in file.iter_batches(
                 rows, row_groups=[group.number], columns=self.columns, use_threads=False
-            )
+            ):
+                # Arrow promises no more than that a batch has at most so many rows.
+                pieces = [*held.to_batches(), batch]
+                held = pyarrow.Table.from_batches([piece for piece in pieces if piece.num_rows])
+                if held.num_rows >= rows:
+                    yield held[:rows]
+                    held = held[rows:]
+            if held.num_rows:
+                yield held
 
 
 def _files(path: Path) -> list[str]:
