@@ -50,6 +50,8 @@ EXTRAS = {
     # The engine beam of preparation, which needs an older Pillow and protobuf than the pins have:
     # install it into an environment of its own. The engine local needs no more than a run does.
     "prepare": ["apache-beam>=2.77"],
+    "corpora": ["pyarrow>=18", "pypdfium2>=5"],  # parquet files, pages of PDFs
+    "tfds": ["tensorflow-datasets>=4.9.7"],  # without TensorFlow
     "pretrained": ["gguf>=0.17", "huggingface_hub>=0.30"],
     "tracking": ["wandb>=0.19"],
     "notebooks": ["ipykernel>=6.29", "jupyterlab>=4.3", "nbclient>=0.10", "nbformat>=5.10"],
@@ -57,6 +59,8 @@ EXTRAS = {
     "dev": [
         "gguf>=0.17",
         "import-linter>=2.2",
+        "pyarrow>=18",
+        "pypdfium2>=5",
         "pytest>=8.3",
         "pytest-xdist>=3.6",
         "ruff>=0.9",
@@ -69,6 +73,7 @@ EXTRAS = {
         "nbformat>=5.10",
         "torch==2.13.0",
         "pycocoevalcap>=1.2",
+        "tensorflow-datasets>=4.9.7",
         "transformers>=5",
     ],
 }

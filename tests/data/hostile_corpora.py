@@ -51,6 +51,14 @@ def extended(size: int) -> bytes:
     return tar(member("pax", size, type=tarfile.XHDTYPE), body, bytes(-size % 512), member("a", 0))
 
 
+def beside(json: bytes) -> bytes:
+    """A shard of one PDF, which is none, and what is said of it."""
+    pdf = b"%PDF-1.4".ljust(512)
+    said = member("a.json", len(json)), json, bytes(-len(json) % 512)
+    return tar(*said, member("a.pdf", 512), pdf)
+
+
+TARS = ("webdataset", "pages")
 DEEP = 1_000_000
 CORPORA = {
     "nested lists": ("messages", lines("[" * DEEP)),
@@ -85,6 +93,29 @@ CORPORA = {
         "webdataset",
         tar(member("../../a.jpg", 0), member("../../a.txt", 0)),
     ),
+    "a document of 300,000 pages": ("pages", beside(b'{"pages": [' + b"{}," * 300_000 + b"{}]}")),
+    "a page of a million lists": ("pages", beside(b'{"pages": [[' + b"[]," * 600_000 + b"[]]]}")),
+    "pages nested in pages": ("pages", beside(b'{"pages": ' + b"[" * DEEP)),
+    "a PDF of a terabyte": ("pages", tar(member("a.pdf", 10**12))),
+    "thirty thousand questions of nothing": ("gqa", b"{" + b'"1": 1,' * 30_000 + b'"1": {}}'),
+    "an object without end": ("gqa", b'{"1": {"a": "' + b"x" * 40_000_000),
+    "nested answers": (
+        "textvqa",
+        b'{"data": [{"question": "a?", "image_id": "a", "answers": '
+        + b"[" * 900
+        + b"]" * 900
+        + b"}]}",
+    ),
+    "a page of nothing": (
+        "obelics",
+        json.dumps({"images": [None] * 150_000, "texts": [None] * 150_000}).encode(),
+    ),
+    "a page of many pictures": (
+        "mmc4",
+        b'{"text_list": ["a"], "image_info": ['
+        + b",".join([b'{"image_name": "a", "matched_text_index": 0}'] * 30_000)
+        + b"]}",
+    ),
     "no tar": ("webdataset", b"x" * 10_000),
     "half a tar": ("webdataset", tar(member("a.jpg", 5000))[:900]),
 }
@@ -110,7 +141,7 @@ def spend(format: str, path: pathlib.Path, out: pathlib.Path) -> dict[str, list[
 def measure(name: str, folder: pathlib.Path) -> dict:
     """Status, seconds of CPU, bytes of memory, and what was said of a corpus, in a fork."""
     format, data = CORPORA[name]
-    path = folder / ("corpus.tar" if format == "webdataset" else "corpus.json")
+    path = folder / ("corpus.tar" if format in TARS else "corpus.json")
     path.write_bytes(data)
     out, into = os.pipe()
     started = time.perf_counter()

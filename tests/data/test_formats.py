@@ -10,7 +10,7 @@ import PIL.Image
 import pytest
 
 from vlm_jax import config as configs
-from vlm_jax.data import formats, heldout, pipeline, records, sources, validation
+from vlm_jax.data import formats, heldout, pipeline, records, scanning, sources, validation
 from vlm_jax.data.example import BadExample, ImageRef, Turn
 from vlm_jax.errors import ConfigError, DataError
 
@@ -176,10 +176,10 @@ def test_the_door_prints_what_is_wrong_and_exits_65(folder):
     assert good.returncode == 0 and "1 records, nothing wrong" in good.stdout
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 64, records._CHUNK])
+@pytest.mark.parametrize("chunk", [1, 7, 64, scanning._CHUNK])
 @pytest.mark.parametrize("separator", [",", " ,\n\n  "])
 def test_an_array_is_cut_where_its_elements_end(tmp_path, monkeypatch, chunk, separator):
-    monkeypatch.setattr(records, "_CHUNK", chunk)
+    monkeypatch.setattr(scanning, "_CHUNK", chunk)
     rows = [{"a": '}],[{ \\ " \u20ac'}, {"b": [1.5e3, {"c": None}]}, {}, {"d": "x" * 40}]
     text = "\ufeff [" + separator.join(json.dumps(r, ensure_ascii=False) for r in rows) + "\n]\n"
     path = tmp_path / "all.json"
@@ -195,11 +195,11 @@ def test_an_array_is_cut_where_its_elements_end(tmp_path, monkeypatch, chunk, se
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 5])
 def test_numbers_go_on_behind_the_end_of_a_chunk(tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr(records, "_CHUNK", chunk)
+    monkeypatch.setattr(scanning, "_CHUNK", chunk)
     path = tmp_path / "all.json"
     path.write_text('{"version": 1.5e-7, "images": [-1.25, 2e+30, 0]}')
     with open(path, "rb") as file:
-        assert records.sections(file, path)["images"].tolist() == [[31, 36], [38, 43], [45, 46]]
+        assert scanning.sections(file, path)["images"].tolist() == [[31, 36], [38, 43], [45, 46]]
 
 
 def test_a_mark_of_byte_order_belongs_to_no_record(tmp_path):
@@ -216,10 +216,10 @@ def test_no_path_leads_out_of_the_folder_one_stands_in(folder, monkeypatch):
         assert problem.reason == "path_outside"
 
 
-@pytest.mark.parametrize("chunk", [3, records._CHUNK])
+@pytest.mark.parametrize("chunk", [3, scanning._CHUNK])
 @pytest.mark.parametrize("end", ["", "\n", "\r\n\n \n"])
 def test_lines_are_records_and_blank_ones_are_not(tmp_path, monkeypatch, chunk, end):
-    monkeypatch.setattr(records, "_CHUNK", chunk)
+    monkeypatch.setattr(scanning, "_CHUNK", chunk)
     path = tmp_path / "all.jsonl"
     path.write_bytes(b'{"a": 1}\r\n\n  \n{"b": 2}' + end.encode())
     found = records.JsonRecords(path)
@@ -309,13 +309,14 @@ def test_the_position_belongs_to_the_file(folder, small):
         corpus = configs.Corpus("messages", {"train": str(written(folder, *rows, name=name))})
         return pipeline.train_stream(small(corpora={"own": corpus}, mixture={"own": 1.0}))
 
-    with stream(rows_of(8), "one.jsonl") as one, stream(rows_of(8)[::-1], "two.jsonl") as two:
-        two.set_state(json.loads(json.dumps(one.get_state())))  # rows as long as these
+    with stream(rows_of(8), "one.jsonl") as one, stream(rows_of(8), "two.jsonl") as two:
+        two.set_state(json.loads(json.dumps(one.get_state())))  # a copy
     longer = rows_of(8)
     longer[3]["messages"][1]["content"] += "!"
-    with stream(rows_of(8), "one.jsonl") as one, stream(longer, "two.jsonl") as two:
-        with pytest.raises(ConfigError, match="corpora"):
-            two.set_state(json.loads(json.dumps(one.get_state())))
+    for other in (longer, rows_of(8)[::-1]):  # whose rows are as long as these
+        with stream(rows_of(8), "one.jsonl") as one, stream(other, "two.jsonl") as two:
+            with pytest.raises(ConfigError, match="corpora"):
+                two.set_state(json.loads(json.dumps(one.get_state())))
 
 
 def test_held_out_turns_without_a_place_in_the_template_are_counted(folder, small):
@@ -338,10 +339,10 @@ COCO = {
 }
 
 
-@pytest.mark.parametrize("chunk", [5, records._CHUNK])
+@pytest.mark.parametrize("chunk", [5, scanning._CHUNK])
 @pytest.mark.parametrize("indent", [None, 1])
 def test_coco_annotations_find_their_images(folder, monkeypatch, chunk, indent):
-    monkeypatch.setattr(records, "_CHUNK", chunk)
+    monkeypatch.setattr(scanning, "_CHUNK", chunk)
     path = folder / "captions.json"
     path.write_text(json.dumps(COCO, indent=indent, ensure_ascii=False), encoding="utf-8")
     source = opened(path, "coco")

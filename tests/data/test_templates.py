@@ -7,12 +7,13 @@ were written from the sources that `templates.TEMPLATES` names, not by `chat.ren
 import functools
 import pathlib
 
+import corpora
 import numpy as np
 import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from vlm_jax.data import chat, documents, sources, templates, tokenizer
+from vlm_jax.data import chat, documents, formats, sources, templates, tokenizer
 from vlm_jax.data.example import Example, ImageRef, Turn
 from vlm_jax.errors import DataError
 
@@ -69,6 +70,11 @@ GOLDENS = {
     "siglip": (
         f"{I}«A fox.</s>In snow.</s>»",
         f"{I}{I}«The first.</s>»{I}«No.</s>»",
+        "",
+    ),
+    "interleaved": (
+        f"<s>{I}What is it?«A fox.»And where?«In snow.</s>»",
+        f"<s>{I}{I}Which is red?«The first.»Is {I} too?«No.</s>»",
         "",
     ),
     "vicuna_v0": (
@@ -357,9 +363,37 @@ def test_the_end_of_an_answer_is_known(name, folder):
     rendered = chat.render(row, tok, MANY[:2], 2)
     *learned, last = rendered.tokens[rendered.loss_weights > 0].tolist()
     assert last == tok.eos or not row.last_eos
-    answer = learned if row.last_eos else [*learned, last]
+    answer = learned if row.last_eos and row.answer[1] else [*learned, last]
     ends = chat.end_tokens(row, tok)
     assert answer[-len(ends) :] == ends and chat.end_token(row, tok) == ends[-1]
+
+
+def test_a_row_of_the_cauldron_is_what_idefics2_was_taught(folder, tmp_path):
+    # The rows are those of the data set; the string is that of the model card's chat template.
+    source = formats.CorpusSource("own", corpora.cauldron(tmp_path).corpus, "all")
+    tok = tokenizer.load(str(letters("idefics2", folder)))
+    golden = (
+        f"<s>User:{F}{I}{F}What?<end_of_utterance>\nAssistant:« A fox.<end_of_utterance>»\n"
+        "User: Where?<end_of_utterance>\nAssistant:« In snow.<end_of_utterance>»\n",
+        f"<s>User:{F}{I}{F}{I}{F}Same?<end_of_utterance>\nAssistant:« No.<end_of_utterance>»\n",
+    )
+    for index, expected in enumerate(golden):
+        turns = source.example(index, np.random.default_rng(0)).turns
+        rendered = chat.render(templates.template("idefics2"), tok, turns, 2)
+        assert marked(tok.backend, rendered.tokens, rendered.loss_weights) == expected
+
+
+PAGES = {
+    "interleaved": f"<s>«One.\n\nTwo.»{I}{I}«Three.</s>»",
+    "flamingo": f"«One.\n\nTwo.<|endofchunk|>»{I}{I}«Three.<|endofchunk|><|endoftext|>»",
+}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_is_learned_in_the_order_it_is_read(name, folder):
+    tok = tokenizer.load(str(letters(name, folder)))
+    rendered = chat.render(templates.template(name), tok, corpora.PAGE, 2)
+    assert marked(tok.backend, rendered.tokens, rendered.loss_weights) == PAGES[name]
 
 
 def test_an_answer_that_is_encoded_apart_starts_with_a_word(folder):

@@ -87,7 +87,7 @@ def render(
 
 def end_tokens(template: Template, tokenizer: Tokenizer) -> list[int]:
     """The ids after which an answer is complete."""
-    if template.eos:
+    if template.eos or not template.answer[1]:  # nothing but the end of the document, then
         return [tokenizer.eos]
     # Behind a letter, because "###" is another token at the start of a text (LLaMA's tokenizer).
     *_, end = _joined(_literal(template, tokenizer, "x" + template.answer[1]))

@@ -10,37 +10,44 @@
 images in the order in which they stand. `llava` is what LLaVA, ShareGPT4V and most that came after
 are published in: `conversations` of `from` and `value`, and `image`, a path or several.
 `coco` is the captions' own JSON, e.g. captions_train2017.json beside the folder train2017.
+
+`parquet` is a file, a folder or a pattern of files of tables as Hugging Face has them, images and
+all: The Cauldron's and FineVision's `images` and `texts`, or `image` or `images` with `messages`,
+`conversations`, `question` and `answer` or `answers`, or `caption` or `text` (`rows.py`).
+`tfds` is a data set that TFDS prepared as ArrayRecord files: FOLDER/1.0.0:SPLIT, known likewise.
+ArrayRecord files that neither TFDS nor we wrote say nothing of what their records hold: there is no
+format for them.
+
+`vqa` is the questions' JSON of VQAv2 or OK-VQA beside that of their annotations; `textvqa` and
+`gqa` are these data sets' own. `images` is the folder of COCO's, Open Images' or Visual Genome's
+pictures then, and the answer that is given most is learned (`vqa.py`).
+
+`obelics` is a web page per row of parquet or line of JSON: `images` and `texts` of equal length,
+one of which is null at each place; an image is bytes or a path, not a URL. `mmc4` is MMC4's lines
+of `text_list` and `image_info`. All text is learned in the order it is read (`interleaved.py`).
+
 `webdataset` is what img2dataset makes of CC3M, CC12M or LAION: shards of images and captions.
+`pages` is PDFA or OCR-IDL: such shards of PDFs and their text, a page an example (`pdf_pages.py`).
 `shards` is a folder that `python -m vlm_jax.prepare run` wrote of any of these.
 """
 
 import dataclasses
 import os
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vlm_jax.config import Corpus
-from vlm_jax.data import shards, tars
-from vlm_jax.data.example import BadExample, Example, ImageRef, Part, Turn
+from vlm_jax.data import conversations, interleaved, pdf_pages, rows, shards, tars, vqa
+from vlm_jax.data.conversations import Parsed, Record
+from vlm_jax.data.example import BadExample, Example
+from vlm_jax.data.parquet import ParquetRecords
 from vlm_jax.data.records import CocoRecords, JsonRecords
+from vlm_jax.data.tfds import TfdsRecords
 from vlm_jax.errors import ConfigError
 from vlm_jax.schema import unknown_key
-
-Record = Mapping[str, Any]
-Parsed = tuple[str, Sequence[str | bytes], tuple[Turn, ...]]
-
-PLACEHOLDER = "<image>"
-ROLES = {
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "system": "system",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,43 +63,31 @@ class Format:
     parse: Callable[[Any], Parsed]
 
 
-def messages(record: Record) -> Parsed:
-    """A conversation as chat APIs have it."""
-    turns = [
-        _turn(said, "role", "content", f"messages[{i}]")
-        for i, said in enumerate(_list(record, "messages"))
-    ]
-    return _key(record), _paths(record), tuple(turns)
-
-
-def llava(record: Record) -> Parsed:
-    """A conversation as LLaVA's authors write it."""
-    turns = [
-        _turn(said, "from", "value", f"conversations[{i}]")
-        for i, said in enumerate(_list(record, "conversations"))
-    ]
-    return _key(record), _paths(record), tuple(turns)
-
-
 def coco(record: Record) -> Parsed:
     """An annotation of COCO captions with its image's file name."""
     caption = record.get("caption")
     if not isinstance(caption, str):
-        raise BadExample("no_caption", f"caption is {_short(caption)}; expected text")
-    turns = Turn("user", (ImageRef(-1),)), Turn("assistant", (caption,))
-    return _key(record), (record["file_name"],), turns
+        raise BadExample("no_caption", f"caption is {conversations.short(caption)}; expected text")
+    return conversations.key_of(record), (record["file_name"],), conversations.shown(caption)
 
 
 def captioned(sample: tars.Sample) -> Parsed:
     """A picture and its caption."""
-    turns = Turn("user", (ImageRef(-1),)), Turn("assistant", (sample.caption,))
-    return "", (sample.image,), turns
+    return "", (sample.image,), conversations.shown(sample.caption)
 
 
 FORMATS = {
-    "messages": Format(JsonRecords, messages),
-    "llava": Format(JsonRecords, llava),
+    "messages": Format(JsonRecords, conversations.messages),
+    "llava": Format(JsonRecords, conversations.llava),
     "coco": Format(CocoRecords, coco),
+    "vqa": Format(vqa.VqaRecords, vqa.vqa),
+    "textvqa": Format(vqa.TextVqaRecords, vqa.text_vqa),
+    "gqa": Format(vqa.GqaRecords, vqa.gqa),
+    "parquet": Format(lambda path: ParquetRecords(path, rows.columns), rows.parse),
+    "obelics": Format(interleaved.pages, interleaved.obelics),
+    "mmc4": Format(JsonRecords, interleaved.mmc4),
+    "pages": Format(pdf_pages.PageRecords, captioned),
+    "tfds": Format(TfdsRecords, rows.parse),
     "webdataset": Format(tars.TarRecords, captioned),
     "shards": Format(shards.ShardRecords, shards.unpack),
 }
@@ -141,8 +136,8 @@ class CorpusSource:
         """
         key, images, turns = self.format.parse(self.records[index])
         images = tuple(i if isinstance(i, bytes) else _inside(self.folder, i) for i in images)
-        turns = _numbered(turns, len(images))
-        _check(turns)
+        turns = conversations.numbered(turns, len(images))
+        conversations.check(turns)
         # Not by its id, which may hold anything: keys become names of files.
         return Example(
             f"{self.name}/{self.split}/{index}",
@@ -157,94 +152,6 @@ class CorpusSource:
         return [[i] for i in range(len(self))]
 
 
-def _key(record: Record) -> str:
-    key = record.get("id", "")
-    if not isinstance(key, (str, int)):
-        raise BadExample("bad_id", f"id is {key!r}; expected text or a number")
-    return str(key)
-
-
-def _list(record: Record, name: str) -> list:
-    found = record.get(name)
-    if not isinstance(found, list) or not found:
-        given = "is missing" if found is None else f"is {_short(found)}"
-        raise BadExample("no_turns", f"{name} {given}; expected a list of turns")
-    return found
-
-
-def _paths(record: Record) -> Sequence[str]:
-    """Of `images` or `image`, one path or several: both names are in use for both."""
-    name = "images" if "images" in record else "image"
-    found = record.get(name)
-    paths = [] if found is None else found if isinstance(found, list) else [found]
-    for path in paths:
-        if not isinstance(path, str) or not path:
-            raise BadExample("bad_image_path", f"{name} holds {_short(path)}; expected a path")
-    return paths
-
-
-def _turn(said: Any, role: str, content: str, where: str) -> Turn:
-    if not isinstance(said, dict) or role not in said or content not in said:
-        raise BadExample("bad_turn", f"{where} is {_short(said)}; expected {role} and {content}")
-    if not isinstance(said[role], str) or said[role] not in ROLES:
-        known = ", ".join(ROLES)
-        raise BadExample("unknown_role", f"{where}.{role} is {said[role]!r}; expected {known}")
-    return Turn(ROLES[said[role]], tuple(_parts(said[content], f"{where}.{content}")))
-
-
-def _parts(content: Any, where: str) -> list[Part]:
-    """Text and images in order; images are numbered by `_numbered`."""
-    if isinstance(content, str):
-        pieces = re.split(f"({PLACEHOLDER})", content)
-        return [ImageRef(-1) if piece == PLACEHOLDER else piece for piece in pieces if piece]
-    if not isinstance(content, list):
-        raise BadExample("bad_content", f"{where} is {_short(content)}; expected text or a list")
-    parts: list[Part] = []
-    for i, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "image":
-            parts.append(ImageRef(-1))
-        elif kind == "text" and isinstance(part.get("text"), str):
-            parts.append(part["text"])
-        else:
-            expected = 'expected {"type": "image"} or {"type": "text", "text": ...}'
-            raise BadExample("bad_content", f"{where}[{i}] is {_short(part)}; {expected}")
-    return parts
-
-
-def _numbered(turns: Sequence[Turn], images: int) -> tuple[Turn, ...]:
-    """The turns with their images numbered as they come."""
-    count = 0
-    found = []
-    for turn in turns:
-        parts: list[Part] = []
-        for part in turn.parts:
-            parts.append(ImageRef(count) if isinstance(part, ImageRef) else part)
-            count += isinstance(part, ImageRef)
-        found.append(Turn(turn.role, tuple(parts)))
-    if count != images:
-        raise BadExample(
-            "image_count",
-            f"{images} images for {count} places in the turns; expected one {PLACEHOLDER} each",
-        )
-    return tuple(found)
-
-
-def _check(turns: Sequence[Turn]) -> None:
-    """That the user and the assistant take turns, and that there is something to learn."""
-    spoken = turns[1:] if turns[0].role == "system" else turns
-    roles = [turn.role for turn in spoken]
-    if roles != ["user", "assistant"] * (len(roles) // 2) or not roles:
-        expected = "user and assistant in turn, after at most one system"
-        raise BadExample("roles_out_of_turn", f"{', '.join(t.role for t in turns)}; {expected}")
-    for turn in turns:
-        text = "".join(part for part in turn.parts if isinstance(part, str))
-        if turn.role != "user" and any(isinstance(part, ImageRef) for part in turn.parts):
-            raise BadExample("image_in_answer", f"{turn.role} shows an image; only the user may")
-        if turn.role == "assistant" and not text.strip():
-            raise BadExample("empty_answer", "the assistant says nothing")
-
-
 def _inside(folder: Path, path: str) -> Path:
     """The path below the folder; what links there lead to is the owner's business."""
     # The folder is absolute: every path is relative to ".", even "../x".
@@ -252,8 +159,3 @@ def _inside(folder: Path, path: str) -> Path:
     if "\0" in path or not Path(whole).is_relative_to(folder):
         raise BadExample("path_outside", f"{path!r} is not below {folder}")
     return Path(whole)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -5,15 +5,15 @@ Members that belong together share a name up to its first dot, as in the output 
 by position: nothing is extracted, and nothing of a pickle is looked at.
 """
 
+import functools
 import glob
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from jaxtyping import Int
 
 from vlm_jax.data import decoding
 from vlm_jax.data.example import BadExample
@@ -47,7 +47,64 @@ class _Place(NamedTuple):
     is_json: int
 
 
-class TarRecords:
+class Tars:
+    """Records that lie in tars, and where: `spans` has a row for each, with the tar's number first.
+
+    Args:
+      path: of one shard, or with `*`, `?` and `[]` of several, taken in the order of their names.
+      index: where the records of a shard lie, given its number and path.
+      expected: what a shard's members are called.
+
+    Raises:
+      DataError: no such file, a shard that is no whole tar, or no record in any.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        index: Callable[[int, str], Iterator[Sequence[int]]],
+        expected: str,
+    ):
+        self.paths = sorted(glob.glob(os.fspath(path)))
+        if not self.paths:
+            raise DataError(f"{path} cannot be read: no such file; expected shards, as a/b-*.tar")
+        # As arrays at once: ten million places as Python's numbers would take gigabytes.
+        places = [np.array(list(index(i, shard)), np.int64) for i, shard in enumerate(self.paths)]
+        filled = [found for found in places if len(found)]
+        if not filled:
+            raise DataError(f"{path} holds no sample; expected members such as {expected}")
+        self.spans = np.concatenate(filled)
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of where the samples are and of blocks of the shards."""
+        return digest(self.spans, self.paths)
+
+    def where(self, index: int) -> str:
+        """The shard of sample `index`, and how many-eth it is there."""
+        shard = self.spans[index, 0]
+        return (
+            f"{self.paths[shard]}, sample {index - int(np.searchsorted(self.spans[:, 0], shard))}"
+        )
+
+    def read(self, index: int, *parts: tuple[int, int]) -> list[bytes]:
+        """Parts of the shard of sample `index`, each by its place and size.
+
+        Raises:
+          StorageError: the shard cannot be read.
+        """
+        try:
+            # Opened anew: a process may hold 1,024 files, and CC12M alone has 1,242 shards.
+            with open(self.paths[self.spans[index, 0]], "rb", buffering=0) as file:
+                return [os.pread(file.fileno(), size, at) for at, size in parts]
+        except OSError as error:
+            raise StorageError(f"{self.where(index)} cannot be read: {error.strerror}") from error
+
+
+class TarRecords(Tars):
     """The samples of all shards that a pattern names, in the order of the shards' names.
 
     Args:
@@ -58,19 +115,7 @@ class TarRecords:
     """
 
     def __init__(self, path: Path):
-        self.paths = sorted(glob.glob(os.fspath(path)))
-        if not self.paths:
-            raise DataError(f"{path} cannot be read: no such file; expected shards, as a/b-*.tar")
-        places = [
-            np.array(list(_index(i, shard)), np.int64).reshape(-1, len(_Place._fields))
-            for i, shard in enumerate(self.paths)
-        ]
-        self.spans: Int[np.ndarray, "n 6"] = np.concatenate(places)
-        if not len(self.spans):
-            raise DataError(f"{path} holds no sample; expected members such as 000013.jpg")
-
-    def __len__(self) -> int:
-        return len(self.spans)
+        super().__init__(path, _index, "000013.jpg")
 
     def __getitem__(self, index: int) -> Sample:
         """Sample `index`.
@@ -87,30 +132,27 @@ class TarRecords:
         if place.image_size > decoding.MAX_BYTES or place.text_size > MAX_RECORD:
             sizes = f"{place.image_size} bytes of image and {place.text_size} of text"
             raise BadExample("record_too_large", sizes)
-        try:
-            # Opened anew: a process may hold 1,024 files, and CC12M alone has 1,242 shards.
-            with open(self.paths[place.shard], "rb", buffering=0) as file:
-                text = os.pread(file.fileno(), place.text_size, place.text)
-                image = os.pread(file.fileno(), place.image_size, place.image)
-        except OSError as error:
-            raise StorageError(f"{self.where(index)} cannot be read: {error.strerror}") from error
-        return Sample(image, _caption(text, place.is_json))
-
-    @property
-    def fingerprint(self) -> str:
-        """Of where the samples are."""
-        return digest(self.spans)
-
-    def where(self, index: int) -> str:
-        """The shard of sample `index`, and how many-eth it is there."""
-        shard = self.spans[index, 0]
-        return (
-            f"{self.paths[shard]}, sample {index - int(np.searchsorted(self.spans[:, 0], shard))}"
+        text, image = self.read(
+            index, (place.text, place.text_size), (place.image, place.image_size)
         )
+        return Sample(image, _caption(text, place.is_json))
 
 
 def _index(number: int, path: str) -> Iterator[_Place]:
     """Where the samples of a shard lie, in the order of their first members."""
+    for members in grouped(path):
+        image = next((members[e] for e in IMAGES if e in members), None)
+        text = next((e for e in TEXTS if e in members), None)
+        if image is not None or text is not None:
+            yield _Place(number, *span(image), *span(members.get(text)), int(text == ".json"))
+
+
+def grouped(path: str) -> Iterable[dict[str, tarfile.TarInfo]]:
+    """A shard's members by their endings, for each name that they share.
+
+    Raises:
+      DataError: it is no whole tar.
+    """
     found: dict[str, dict[str, tarfile.TarInfo]] = {}
     try:
         size = os.path.getsize(path)
@@ -137,12 +179,7 @@ def _index(number: int, path: str) -> Iterator[_Place]:
             _expect_zeros(tar.fileobj)
     except (tarfile.TarError, OSError, ValueError) as error:
         raise DataError(f"{path} is no whole tar: {error}") from error
-    for members in found.values():
-        image = next((members[e] for e in IMAGES if e in members), None)
-        text = next((e for e in TEXTS if e in members), None)
-        if image is None and text is None:
-            continue
-        yield _Place(number, *_span(image), *_span(members.get(text)), int(text == ".json"))
+    return found.values()
 
 
 def _expect_zeros(file: BinaryIO) -> None:
@@ -156,7 +193,8 @@ def _expect_zeros(file: BinaryIO) -> None:
             )
 
 
-def _span(member: tarfile.TarInfo | None) -> tuple[int, int]:
+def span(member: tarfile.TarInfo | None) -> tuple[int, int]:
+    """Where a member lies and its size; -1 for none."""
     return (-1, 0) if member is None else (member.offset_data, member.size)
 
 

@@ -131,6 +131,9 @@ TEMPLATES = {
     # big_vision's siglip configs, `tokenize(..., eos="sticky")`).
     "clip": Template(user_text=False),
     "siglip": Template(bos=False, user_text=False),
+    # Web pages as base models read them (`interleaved.py`): texts and images, nothing between them,
+    # and the end of a page is learned.
+    "interleaved": Template(apart=True, eos=False, last_eos=True),
     # Vicuna v0 as it is prompted (LLaVA's conversation.py, conv_vicuna_v0, SeparatorStyle.SINGLE).
     "vicuna_v0": VICUNA_V0,
     # LLaVA-1.0 as it was trained (train.py, _add_speaker_and_signal, _mask_targets), which is not
