@@ -4,6 +4,7 @@
 # make test    format, lint, floors and the quick tests
 # make check   the long tier: slow tests, notebooks, parity with other implementations
 # make parity  the part of it that compares with transformers and torch
+# make beam    the tests that need Apache Beam, in an environment of their own beside $(VENV)
 # make browser  the headless Chromium that `make check` opens a page in (Debian's, as root)
 # make pretrained   packages with published weights (125 MB), which `make check` looks at
 # Everything is installed into $(VENV), once per change of the requirements.
@@ -26,7 +27,7 @@ WORKDIR ?= runs/tiny
 # Large arrays come and go at every step: huge pages make that cheaper (needs glibc 2.35).
 export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 
-.PHONY: demo emoji smol test check parity pretrained browser quick lint format pins clean
+.PHONY: demo emoji smol test check parity beam pretrained browser quick lint format pins clean
 
 demo: $(VENV)/.run
 	$(BIN)/python -m vlm_jax.main --config=configs/tiny.py --workdir=$(WORKDIR)
@@ -53,9 +54,13 @@ test: lint quick
 
 check: $(VENV)/.check $(VENV)/.pretrained browser
 	$(PYTEST) -m slow
+	$(MAKE) beam
 
 parity: $(VENV)/.check $(VENV)/.pretrained
-	$(PYTEST) -m slow tests/models tests/weights
+	$(PYTEST) -m slow tests/models tests/weights tests/training
+
+beam: $(VENV)-beam/.beam
+	$(VENV)-beam/bin/python -m pytest -q tests/data/test_engines.py
 
 pretrained: $(VENV)/.pretrained
 
@@ -80,7 +85,7 @@ pins:
 	$(firstword $(PYTHONS)) tools/pins.py $(PYTHONS)
 
 clean:
-	rm -rf $(VENV) .venv-newer .cache .import_linter_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-beam .venv-newer .cache .import_linter_cache .pytest_cache .ruff_cache
 
 $(VENV)/.run: requirements.txt
 	$(if $(PYTHON),,$(error no Python from 3.11 to 3.13 with the venv module was found; \
@@ -95,6 +100,12 @@ $(VENV)/.dev: requirements-dev.txt $(VENV)/.run
 
 $(VENV)/.check: requirements-check.txt $(VENV)/.dev
 	$(PIP) -r requirements-check.txt
+	touch $@
+
+# Beam's versions are older than those of the other environment.
+$(VENV)-beam/.beam: requirements-beam.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --no-compile --disable-pip-version-check --no-input -r $<
 	touch $@
 
 $(VENV)/.pretrained: requirements-pretrained.txt $(VENV)/.dev

@@ -47,7 +47,9 @@ EXTRAS = {
     "tpu": jax_with("tpu"),
     "cuda": jax_with("cuda12"),
     # Purposes
-    "prepare": [],  # building data sets needs no more than a run does
+    # The engine beam of preparation, which needs an older Pillow and protobuf than the pins have:
+    # install it into an environment of its own. The engine local needs no more than a run does.
+    "prepare": ["apache-beam>=2.77"],
     "corpora": ["pyarrow>=18", "pypdfium2>=5"],  # parquet files, pages of PDFs
     "tfds": ["tensorflow-datasets>=4.9.7"],  # without TensorFlow
     "pretrained": ["gguf>=0.17", "huggingface_hub>=0.30"],

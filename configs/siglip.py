@@ -4,8 +4,8 @@ Variants: `ti`, `s`, `m` or `l`, four sizes of encoder over one text tower.
 
 python -m vlm_jax.main --config=configs/siglip.py:s --workdir=runs/siglip-s
 
-A picture is answered with the nearest of the names there are. The encoder of a run is what another
-config may start from.
+A picture is answered with the nearest of the names there are. Another config starts from the
+encoder of a run with `init=(c.Init("runs/siglip-s", "encoder"),)`, its `pool` left out.
 """
 
 from configs import emoji

@@ -109,12 +109,18 @@ def pins(python: str, *files: str) -> dict[str, str]:
     return found
 
 
+PINNED = {
+    "": ["requirements.txt"],
+    "dev": ["requirements.txt", "requirements-dev.txt"],
+    "check": ["requirements.txt", "requirements-dev.txt", "requirements-check.txt"],
+    "prepare": ["requirements-beam.txt"],  # in an environment of its own
+}
+
+
 @pytest.mark.parametrize("python", PYTHONS)
-@pytest.mark.parametrize("extra", ["", "dev", "check"])
+@pytest.mark.parametrize("extra", PINNED)
 def test_the_pins_keep_to_the_ranges_of_setup(packaging, python, extra):
-    files = ["requirements.txt", "requirements-dev.txt", "requirements-check.txt"]
-    extras = ["", "dev", "check"]
-    pinned = pins(python, *files[: extras.index(extra) + 1])
+    pinned = pins(python, *PINNED[extra])
     wanted = packaging.extras_require[extra] if extra else packaging.install_requires
     for requirement in map(Requirement, wanted):
         if requirement.marker is None or requirement.marker.evaluate({"python_version": python}):
@@ -139,8 +145,7 @@ def test_what_is_imported_is_what_is_installed(packaging):
 
 
 def test_what_the_tests_and_tools_import_is_pinned():
-    files = ["requirements.txt", "requirements-dev.txt", "requirements-check.txt"]
-    pinned = pins("3.12", *files).keys()
+    pinned = pins("3.12", *PINNED["check"]).keys()
     providers = importlib.metadata.packages_distributions()
     for folder in ("tests", "tools", "configs"):
         ours = {path.stem for path in (ROOT / folder).rglob("*.py")} | {"configs", "tests", "tools"}

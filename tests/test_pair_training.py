@@ -18,8 +18,10 @@ from vlm_jax.evaluation.evaluator import Evaluator
 from vlm_jax.evaluation.retrieval import Retriever
 from vlm_jax.models import params
 from vlm_jax.parallel import mesh as meshes
+from vlm_jax.presets.connectors import Connector
+from vlm_jax.presets.decoders import decoder
 from vlm_jax.presets.encoders import Encoder
-from vlm_jax.training import adaptation, objectives
+from vlm_jax.training import adaptation, checkpoints, objectives
 from vlm_jax.training import state as states
 from vlm_jax.training import step as steps_of
 
@@ -115,6 +117,7 @@ def test_a_step_trains_and_all_scores_are_made(tmp_path):
         state, sums = step(state, steps_of.place(batch, mesh))
         first = float(sums["loss"]) if first is None else first
     assert float(sums["loss"]) < first
+    _starts_an_encoder(run, state, tmp_path / "run", mesh)
     with jax.set_mesh(mesh):
         evaluate = Evaluator(run, tmp_path)
         assert np.isfinite(list(evaluate(4, state.evaluated()).values())).all()
@@ -125,6 +128,24 @@ def test_a_step_trains_and_all_scores_are_made(tmp_path):
         "loss",
         "gap",
     }
+
+
+def _starts_an_encoder(run, state, workdir, mesh):
+    """A model that writes starts from the encoder, without the head that pools it."""
+    with pipeline.train_stream(run) as stream, checkpoints.Checkpoints(workdir, run) as saved:
+        saved.save(4, state, stream)
+    tower = dataclasses.replace(run.model.encoder, pool="none")
+    model = c.Model(tower, Connector(), decoder("1m", vocab=3072))
+    started = c.Config(
+        "started", model, c.Data({"emoji:caption": 1.0}), init=(c.Init(str(workdir), "encoder"),)
+    )
+    plan = adaptation.plan(params.abstract(model), started.adaptation)
+    trainable = states.create(started, plan, mesh).trainable
+    learned = state.evaluated()
+    paths = [path for path in trainable if path.startswith("encoder/")]
+    assert paths
+    for path in paths:
+        np.testing.assert_array_equal(trainable[path], learned[path])
 
 
 @pytest.mark.parametrize(

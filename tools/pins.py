@@ -1,9 +1,10 @@
-"""Writes requirements*.txt: exact versions of all that `make demo`, `test` and `check` install.
+"""Writes requirements*.txt: exact versions of all that the targets of the Makefile install.
 
     python tools/pins.py python3.11 python3.12
 
 Each Python resolves setup.py in a clean environment, one stage after the other, each stage held to
-the versions of the one before. Where the first Python's version differs from the second's, both
+the versions of the one before. Apache Beam needs older versions than the rest: it has an
+environment of its own. Where the first Python's version differs from the second's, both
 lines carry a marker.
 """
 
@@ -13,12 +14,15 @@ import sys
 import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-# file -> the extras of setup.py that it adds, and what it is for
-STAGES = {
-    "requirements.txt": ("", "`make demo` installs"),
-    "requirements-dev.txt": ("dev", "`make test` installs after requirements.txt"),
-    "requirements-check.txt": ("check", "`make check` installs after requirements-dev.txt"),
-}
+# Of each environment: file -> the extras of setup.py that it adds, and what it is for
+ENVIRONMENTS = (
+    {
+        "requirements.txt": ("", "`make demo` installs"),
+        "requirements-dev.txt": ("dev", "`make test` installs after requirements.txt"),
+        "requirements-check.txt": ("check", "`make check` installs after requirements-dev.txt"),
+    },
+    {"requirements-beam.txt": ("prepare,dev", "`make beam` installs in an environment of its own")},
+)
 HEADER = """\
 # Exact versions of what {who}, resolved on Linux x86-64 from setup.py.
 # Written by `make pins` (tools/pins.py); change setup.py, not this file.
@@ -39,13 +43,15 @@ def freeze(python: pathlib.Path) -> dict[str, str]:
     }
 
 
-def resolve(python: str, folder: pathlib.Path) -> list[dict[str, str]]:
-    """The pins that each stage adds under one Python."""
+def resolve(
+    python: str, stages: dict[str, tuple[str, str]], folder: pathlib.Path
+) -> list[dict[str, str]]:
+    """The pins that each stage of an environment adds under one Python."""
     subprocess.run([python, "-m", "venv", folder], check=True)
     inside = folder / "bin/python"
     constraints = folder / "constraints.txt"
     added, known = [], {}
-    for extras, _ in STAGES.values():
+    for extras, _ in stages.values():
         constraints.write_text("".join(f"{n}=={v}\n" for n, v in known.items()))
         target = f"{ROOT}[{extras}]" if extras else str(ROOT)
         command = [inside, "-m", "pip", "install", "-q", "--no-compile", "-c", constraints, target]
@@ -73,12 +79,13 @@ def merge(old: dict[str, str], new: dict[str, str]) -> str:
 def main(pythons: list[str]) -> None:
     if len(pythons) != 2:
         sys.exit(f"expected two Pythons, 3.11 and a newer one, got {pythons}")
-    with tempfile.TemporaryDirectory() as scratch:
-        stages = [
-            resolve(python, pathlib.Path(scratch, str(i))) for i, python in enumerate(pythons)
-        ]
-    for (file, (_, who)), old, new in zip(STAGES.items(), *stages):
-        (ROOT / file).write_text(HEADER.format(who=who) + merge(old, new))
+    for stages in ENVIRONMENTS:
+        with tempfile.TemporaryDirectory() as scratch:
+            pins = [
+                resolve(p, stages, pathlib.Path(scratch, str(i))) for i, p in enumerate(pythons)
+            ]
+        for (file, (_, who)), old, new in zip(stages.items(), *pins):
+            (ROOT / file).write_text(HEADER.format(who=who) + merge(old, new))
 
 
 if __name__ == "__main__":

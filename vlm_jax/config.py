@@ -294,7 +294,8 @@ class Init:
     """Where a part of a new run's parameters comes from.
 
     Attributes:
-      folder: what `python -m vlm_jax.convert import` wrote.
+      folder: what `python -m vlm_jax.convert import` wrote, or the folder of a run, of which the
+        newest checkpoint is read.
       part: which parameters: "encoder", "connector", "decoder", "extra_encoders/0"; "" = all.
       source: what the part is called in that folder, if otherwise.
     """

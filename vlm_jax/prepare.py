@@ -2,6 +2,10 @@
 
 python -m vlm_jax.prepare validate PATH --format=messages [--images=DIR] [--decode]
 python -m vlm_jax.prepare run PATH --format=messages --out=DIR [--images=DIR] [--workers=N]
+    [--filters=datacomp_basic] [--min_side=N] [--max_aspect=R]
+    [--deduplicate] [--against=FORMAT:PATH[:IMAGES] ...] [--near=BITS]
+    [--engine=beam --beam_options="--runner=..."]
+python -m vlm_jax.prepare check DIR
 python -m vlm_jax.prepare show --config=configs/tiny.py [--batches=N] [--rows=N] [--out=FILE.html]
 
 `validate` names what is wrong with a corpus of one's own, record by record and by the reasons that
@@ -11,6 +15,18 @@ goes on and ends with the same bytes. `vlm_jax/data/formats.py` says how each fo
 `show` draws the first batches that a run of a config would train on: pictures as the encoders see
 them, tokens coloured by loss weight, packed documents apart, padding and counts by source. It makes
 whole batches: for a config of pods, `--config.data.rows=8 --config.data.pool=32` is quicker.
+
+What is left out is counted by reason and listed in shard-*.rejects.jsonl. `--filters` is a row of
+`vlm_jax/data/filters.py`. `--deduplicate` leaves out records whose pictures an earlier record has
+nearly the same, whatever is said of them: it is meant for captions, not for a corpus that says
+several things of one picture (COCO, LLaVA), nor for pages of documents. `--against` leaves out
+records with a picture of a corpus for evaluation. `vlm_jax/data/duplicates.py` says what near is.
+
+`--engine=beam` runs the same functions on any runner of Apache Beam (extra `prepare`, in an
+environment of its own: it needs an older Pillow than ours). Workers on other machines must have
+vlm_jax installed and see the corpus and --out at the same paths, as on a shared file system.
+
+`check` reads prepared shards again and compares them with their manifest: 65 where one differs.
 """
 
 import collections
@@ -31,11 +47,21 @@ _OUT = flags.DEFINE_string("out", "", "run: folder for the shards; show: the pag
 _SHARD_MB = flags.DEFINE_integer("shard_mb", 256, "run: size of a shard, in MB.", lower_bound=1)
 _WORKERS = flags.DEFINE_integer("workers", None, "run: processes; by default one per core.")
 _MIN_SIDE = flags.DEFINE_integer(
-    "min_side", 1, "run: leave out images with a shorter side.", lower_bound=1
+    "min_side", None, "run: leave out images with a shorter side.", lower_bound=1
 )
 _MAX_ASPECT = flags.DEFINE_float(
-    "max_aspect", 200.0, "run: leave out images that are narrower.", lower_bound=1
+    "max_aspect", None, "run: leave out images that are narrower.", lower_bound=1
 )
+_FILTERS = flags.DEFINE_string("filters", "none", "run: which records are worth keeping.")
+_DEDUPLICATE = flags.DEFINE_bool("deduplicate", False, "run: keep the first of near-duplicates.")
+_AGAINST = flags.DEFINE_multi_string(
+    "against", [], "run: leave out what has a picture of this corpus, FORMAT:PATH[:IMAGES]."
+)
+_NEAR = flags.DEFINE_integer(
+    "near", 4, "run: bits of 64 in which near pictures differ.", lower_bound=0, upper_bound=12
+)
+_ENGINE = flags.DEFINE_string("engine", "local", "run: what does the work, local or beam.")
+_BEAM_OPTIONS = flags.DEFINE_string("beam_options", "", "run: for Beam, as on a command line.")
 _CONFIG = config_flags.DEFINE_config_file("config", None, "show: file of configs/.")
 _BATCHES = flags.DEFINE_integer("batches", 4, "show: how many.", lower_bound=1)
 _ROWS = flags.DEFINE_integer("rows", 16, "show: rows drawn of each batch.", lower_bound=0)
@@ -85,11 +111,12 @@ def run(path: str) -> None:
     """Prepares a corpus.
 
     Raises:
-      ConfigError: no `--out`, an unknown format, or a folder that holds something else.
-      DataError: the corpus cannot be read.
+      ConfigError: no `--out`, an unknown format, filter or engine, or a folder that holds
+        something else.
+      DataError: a corpus cannot be read.
       StorageError: the folder cannot be written.
     """
-    from vlm_jax.data import preparation
+    from vlm_jax.data import filters, preparation
 
     if not _OUT.value:
         raise ConfigError("run needs --out=DIR, where the shards shall stand")
@@ -97,14 +124,49 @@ def run(path: str) -> None:
         Corpus(_FORMAT.value, {"all": path}, _IMAGES.value),
         doors.folder(_OUT.value),
         shard_bytes=_SHARD_MB.value * 10**6,
+        limits=filters.limits(
+            _FILTERS.value, min_side=_MIN_SIDE.value, max_aspect=_MAX_ASPECT.value
+        ),
+        deduplicate=_DEDUPLICATE.value,
+        against=[_corpus(said) for said in _AGAINST.value],
+        near=_NEAR.value,
+        engine=_ENGINE.value,
         workers=os.cpu_count() if _WORKERS.value is None else _WORKERS.value,
-        min_side=_MIN_SIDE.value,
-        max_aspect=_MAX_ASPECT.value,
+        beam_options=_BEAM_OPTIONS.value,
     )
     rejects = manifest["rejects"]
     listed = ", ".join(f"{reason} {count}" for reason, count in rejects.items()) or "nothing"
     print(f"{_OUT.value}: {manifest['records']} records in {len(manifest['shards'])} shards")
     print(f"left out: {listed}" + (" (shard-*.rejects.jsonl)" if rejects else ""))
+    for path, count in manifest.get("unread", {}).items():
+        if count:
+            print(f"{path}: {count} records could not be read, and were not looked for")
+
+
+def _corpus(said: str) -> Corpus:
+    format, _, rest = said.partition(":")
+    path, _, images = rest.partition(":")
+    if not path:
+        raise ConfigError(f"--against={said}; expected FORMAT:PATH[:IMAGES], e.g. coco:val.json")
+    return Corpus(format, {"all": path}, images)
+
+
+def check(path: str) -> None:
+    """Compares prepared shards with their manifest, byte by byte.
+
+    Raises:
+      DataError: there is no manifest, or a shard differs.
+    """
+    from vlm_jax.data import shards
+
+    folder, wrong = doors.folder(path), 0
+    for problem in shards.problems(folder):
+        print(_line(problem))
+        wrong += 1
+    if wrong:
+        raise DataError(f"{path} is not what its manifest says: {wrong} problems; prepare it again")
+    manifest = shards.read_manifest(folder)
+    print(f"{path}: {manifest['records']} records in {len(manifest['shards'])} shards, all whole")
 
 
 def show() -> None:
@@ -131,7 +193,12 @@ def show() -> None:
 
 
 # By name: the function, and the words that it takes.
-COMMANDS = {"validate": (validate, "PATH"), "run": (run, "PATH"), "show": (show,)}
+COMMANDS = {
+    "validate": (validate, "PATH"),
+    "run": (run, "PATH"),
+    "check": (check, "DIR"),
+    "show": (show,),
+}
 
 if __name__ == "__main__":
     doors.run(main)

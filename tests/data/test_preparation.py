@@ -1,5 +1,6 @@
 """Prepared corpora: what goes in comes out or is counted, the same however often it is killed."""
 
+import collections
 import dataclasses
 import json
 import os
@@ -15,7 +16,7 @@ import PIL.Image
 import pytest
 
 from vlm_jax import config as configs
-from vlm_jax.data import formats, preparation, shards, validation
+from vlm_jax.data import filters, formats, plans, preparation, shards, validation
 from vlm_jax.data.example import BadExample, ImageRef, Turn
 from vlm_jax.errors import ConfigError, DataError
 
@@ -47,7 +48,7 @@ def corpus(tmp_path):
 
 
 REJECTS = {"missing": 1, "not_json": 1, "too_narrow": 1, "too_small": 1, "truncated": 1}
-LIMITS = {"shard_bytes": 20_000, "min_side": 4, "max_aspect": 100.0}
+LIMITS = {"shard_bytes": 20_000, "limits": filters.Limits(min_side=4, max_aspect=100.0)}
 
 
 def contents(folder):
@@ -101,8 +102,8 @@ def test_processes_and_interrupted_runs_give_the_same_bytes(corpus, tmp_path, mo
 def test_two_plans_do_not_mix(corpus, tmp_path):
     preparation.run(corpus, tmp_path / "out", **LIMITS)
     with pytest.raises(ConfigError, match="was begun with min_side 4, not 5"):
-        preparation.run(corpus, tmp_path / "out", **LIMITS | {"min_side": 5})
-    (tmp_path / "out" / preparation.PLAN).unlink()
+        preparation.run(corpus, tmp_path / "out", **LIMITS | {"limits": filters.Limits(5, 100.0)})
+    (tmp_path / "out" / plans.PLAN).unlink()
     with pytest.raises(ConfigError, match="shards without a plan"):
         preparation.run(corpus, tmp_path / "out", **LIMITS)
 
@@ -126,6 +127,45 @@ def test_shards_that_are_not_what_the_manifest_says_are_refused(corpus, tmp_path
     (out / shards.MANIFEST).unlink()
     with pytest.raises(DataError, match="has no manifest"):
         opened()
+
+
+def test_every_byte_of_the_shards_is_checked_on_demand(corpus, tmp_path):
+    out = tmp_path / "out"
+    manifest = preparation.run(corpus, out, **LIMITS)
+    assert list(shards.problems(out)) == []
+    first, second, third = (out / shard["name"] for shard in manifest["shards"][:3])
+    data = bytearray(first.read_bytes())
+    data[len(data) // 2] ^= 1
+    first.write_bytes(data)
+    second.unlink()
+    manifest["shards"][2]["records"] += 1
+    (out / shards.MANIFEST).write_text(json.dumps(manifest))
+    flipped, missing, miscounted, total = shards.problems(out)
+    assert first.name in flipped and "SHA-256" in flipped
+    assert second.name in missing and "is missing" in missing
+    assert third.name in miscounted and "records" in miscounted
+    assert total.endswith(f"those of its shards are {COUNT - 4}")
+
+
+def prepare(*words):
+    command = [sys.executable, "-m", "vlm_jax.prepare", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_what_is_wrong_with_shards_or_with_the_command_is_an_exit_code(corpus, tmp_path):
+    out = tmp_path / "out"
+    manifest = preparation.run(corpus, out, **LIMITS)
+    name = manifest["shards"][1]["name"]
+    (out / name).write_bytes(b"half")
+    done = prepare("check", out)
+    assert done.returncode == 65 and f"{name} has 4 bytes" in done.stdout
+    assert "1 problems; prepare it again" in done.stderr
+    run = "run", corpus.paths["all"], f"--out={tmp_path / 'other'}"
+    done = prepare(*run, "--max_aspect=nan")
+    assert done.returncode == 78 and "max_aspect is nan" in done.stderr
+    done = prepare(*run, "--against=all.jsonl")
+    assert done.returncode == 78 and "expected FORMAT:PATH[:IMAGES]" in done.stderr
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize(
@@ -154,7 +194,7 @@ def test_manifests_that_lie_are_refused(corpus, tmp_path, change):
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "[" * 100_000])
 def test_a_plan_that_is_none_is_refused(corpus, tmp_path, text):
-    (tmp_path / preparation.PLAN).write_text(text)
+    (tmp_path / plans.PLAN).write_text(text)
     with pytest.raises(ConfigError, match=r"plan\.json is no plan"):
         preparation.run(corpus, tmp_path, **LIMITS)
 
@@ -165,14 +205,14 @@ def test_two_runs_do_not_write_to_one_folder(corpus, tmp_path):
 
 
 def test_a_corpus_that_changes_meanwhile_is_refused(corpus, tmp_path, monkeypatch):
-    keep = preparation._keep_to
+    keep = plans.keep_to
 
     def and_change(plan, out):
         keep(plan, out)
         with open(corpus.paths["all"], "a") as file:
             file.write("\n{}")
 
-    monkeypatch.setattr(preparation, "_keep_to", and_change)
+    monkeypatch.setattr(plans, "keep_to", and_change)
     with pytest.raises(DataError, match="changed while it was read"):
         preparation.run(corpus, tmp_path / "out", **LIMITS)
 
@@ -245,32 +285,45 @@ def test_killed_twenty_times_it_ends_with_the_same_bytes(corpus, tmp_path):
     def start(out):
         command = [sys.executable, "-m", "vlm_jax.prepare", "run", path, f"--out={out}"]
         command += ["--shard_mb=1", "--workers=2", "--min_side=4", "--max_aspect=100"]
+        command += ["--deduplicate", f"--against=messages:{evaluated}"]
         return subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
 
     # Large enough pictures for several shards of a megabyte.
     folder = os.path.dirname(path)
     for i in range(7):
         PIL.Image.effect_noise((900 + i, 700), 90).save(f"{folder}/{i}.png")
+    turns = [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "It."}]
+    evaluated = tmp_path / "in/evaluated.jsonl"
+    evaluated.write_text(json.dumps({"images": ["6.png"], "messages": turns}))
     assert start(tmp_path / "whole").wait() == 0
-    rng, killed = random.Random(0), 0
-    while killed < 20:
-        job = start(tmp_path / "out")
-        time.sleep(rng.uniform(0.3, 2.5))
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    rng, during = random.Random(0), collections.Counter()
+    while during.total() < 20:
+        job = start(out)
+        # Each kill after some more files, or in the middle of one; or before there is any.
+        more = len(list(out.glob("*"))) + rng.randint(0, 9)
+        while job.poll() is None and len(list(out.glob("*"))) < more:
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.1))
         if job.poll() is not None:  # it came to its end: once more from nothing
-            for left in (tmp_path / "out").iterdir():
+            for left in out.iterdir():
                 left.unlink()
             continue
         os.killpg(job.pid, signal.SIGKILL)
         job.wait()
-        killed += 1
-    assert start(tmp_path / "out").wait() == 0
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-    manifest = json.loads((tmp_path / "out" / shards.MANIFEST).read_text())
+        during["shards" if (out / "dropped.json").exists() else "screening"] += 1
+    assert min(during["shards"], during["screening"]) >= 4
+    assert start(out).wait() == 0
+    assert contents(out) == contents(whole)
+    manifest = json.loads((out / shards.MANIFEST).read_text())
     assert manifest["records"] + sum(manifest["rejects"].values()) == COUNT
+    assert manifest["rejects"].keys() == {*REJECTS, "near_duplicate", "evaluation_image"}
     assert len(manifest["shards"]) > 3
 
 
 def test_a_plan_names_its_shards():
-    plan = preparation.Plan("messages", "x", "", "f", records=21, per_shard=10)
+    known = plans.Known("messages", "x", "", "f", records=21)
+    plan = plans.Plan(known, per_shard=10)
     assert plan.shards == 3 and plan.name(2) == "shard-00002-of-00003.arrayrecord"
-    assert dataclasses.replace(plan, records=20).shards == 2
+    assert plan.span(2) == range(20, 21)
+    assert plans.Plan(dataclasses.replace(known, records=20), per_shard=10).shards == 2

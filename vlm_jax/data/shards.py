@@ -7,7 +7,7 @@ parts, in which a number stands for an image.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,9 @@ def unpack(data: bytes) -> tuple[str, Sequence[bytes], tuple[Turn, ...]]:
 class ShardRecords:
     """The records of a prepared corpus.
 
+    What is opened has the sizes of the manifest, which costs nothing. SHA-256 is left to
+    `problems`: ArrayRecord has checksums of its own and refuses a record with a flipped bit.
+
     Args:
       path: its folder.
 
@@ -87,10 +90,8 @@ class ShardRecords:
         self.path, manifest = path, read_manifest(path)
         self.shards = _shards(path, manifest)
         for shard in self.shards:
-            found = (path / shard.name).stat().st_size if (path / shard.name).is_file() else None
-            if found != shard.bytes:
-                said = "is missing" if found is None else f"has {found} bytes"
-                raise DataError(f"{path / shard.name} {said}; {MANIFEST} says {shard.bytes} bytes")
+            if wrong := _wrong_size(path, shard):
+                raise DataError(wrong)
         filled = [str(path / shard.name) for shard in self.shards if shard.records]
         try:
             self._source = ArrayRecordDataSource(filled) if filled else []
@@ -132,6 +133,51 @@ class ShardRecords:
                 return f"{self.path / shard.name}, record {index}"
             index -= shard.records
         return f"{self.path}, record {index}"
+
+
+def problems(folder: Path) -> Iterator[str]:
+    """What of a prepared corpus is not as its manifest says; reads all of it.
+
+    Raises:
+      DataError: there is no manifest, or none that says what the shards are.
+    """
+    manifest = read_manifest(folder)
+    found = _shards(folder, manifest)
+    for shard in found:
+        if wrong := _wrong_size(folder, shard) or _wrong_content(folder / shard.name, shard):
+            yield wrong
+    count = sum(shard.records for shard in found)
+    if count != manifest.get("records"):
+        yield (
+            f"{folder / MANIFEST} says {manifest.get('records')} records; those of its shards are "
+            f"{count}"
+        )
+
+
+def _wrong_size(folder: Path, shard: Shard) -> str:
+    path = folder / shard.name
+    found = path.stat().st_size if path.is_file() else None
+    if found == shard.bytes:
+        return ""
+    said = "is missing" if found is None else f"has {found} bytes"
+    return f"{path} {said}; {MANIFEST} says {shard.bytes} bytes"
+
+
+def _wrong_content(path: Path, shard: Shard) -> str:
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    try:
+        with open(path, "rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        if sha256 != shard.sha256:
+            return f"{path} has SHA-256 {sha256}; {MANIFEST} says {shard.sha256}"
+        reader = ArrayRecordReader(str(path))
+        count = reader.num_records()
+        reader.close()
+    except (OSError, RuntimeError, ValueError) as error:  # the reader raises what its C++ says
+        return f"{path} cannot be read: {error}"
+    said = f"{path} holds {count} records; {MANIFEST} says {shard.records}"
+    return "" if count == shard.records else said
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Where a new run's parameters come from: folders of imported weights, part by part."""
+"""Where a new run's parameters come from: folders of imported weights and of runs, part by part."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,16 +20,16 @@ def shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
     """
     wanted, found = params.abstract(config.model), {}
     for init, stored, pairs in _sources(config, wanted):
-        tensors = stored.parameters.tensors
+        source = stored.parameters
         for ours, theirs in pairs.items():
             shape = wanted[ours].shape
-            if theirs not in tensors or tensors[theirs].shape != shape:
-                given = tensors[theirs].shape if theirs in tensors else "nothing"
+            if source.shapes.get(theirs) != shape:
+                given = source.shapes.get(theirs, "nothing")
                 raise ConfigError(
                     f"config.init: {init.folder} has {given} for {ours}; the model needs {shape}: "
                     "its presets are not those of the folder"
                 )
-            found[ours] = jax.ShapeDtypeStruct(shape, tensors[theirs].dtype)
+            found[ours] = jax.ShapeDtypeStruct(shape, source.dtypes[theirs])
     return found
 
 
@@ -52,5 +52,16 @@ def _sources(
         paths = [path for path in wanted if path.startswith(prefix)]
         if not paths:
             raise ConfigError(f"config.init: the model has no part {init.part!r}")
-        stored = store.open_model(Path(init.folder).expanduser().absolute())
+        stored = _opened(Path(init.folder).expanduser().absolute())
         yield init, stored, {path: source + path.removeprefix(prefix) for path in paths}
+
+
+def _opened(folder: Path) -> store.Stored:
+    """An imported model, or what a run's newest checkpoint holds."""
+    if store.is_model(folder) or not (folder / "checkpoints").is_dir():
+        return store.open_model(folder)
+    # Here and not above: checkpoints are of states, which start from this module.
+    from vlm_jax.training import checkpoints
+
+    config, leaves = checkpoints.load_params(folder)
+    return store.Stored(folder, config.model, "", {}, leaves)

@@ -107,20 +107,20 @@ def load(
     """
     source, found = stored.parameters, {}
     for path, sharding in shardings.items():
-        if path not in source.tensors:
+        if path not in source.shapes:
             raise DataError(f"{stored.path} has no parameter {path}")
         found[path] = _placed(source, path, sharding, (dtypes or {}).get(path))
     return found
 
 
-def _placed(source: files.Safetensors, path: str, sharding, dtype) -> Array:
-    tensor = source.tensors[path]
-    dtype = tensor.dtype if dtype is None else np.dtype(dtype)
+def _placed(source: files.Safetensors | files.Memory, path: str, sharding, dtype) -> Array:
+    shape = source.shapes[path]
+    dtype = source.dtypes[path] if dtype is None else np.dtype(dtype)
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
         if not index:
             return source.read(path).astype(dtype)
-        bounds = [i.indices(n)[:2] for i, n in zip(index, tensor.shape, strict=True)]
+        bounds = [i.indices(n)[:2] for i, n in zip(index, shape, strict=True)]
         out = np.empty([end - start for start, end in bounds], dtype)
         # A few rows at a time: beside the part itself only these are in memory.
         rows = max(1, PIECE_BYTES // max(1, out[:1].nbytes))
@@ -131,4 +131,4 @@ def _placed(source: files.Safetensors, path: str, sharding, dtype) -> Array:
             out[here] = source.read(path, (slice(first + here.start, first + here.stop), *rest))
         return out
 
-    return jax.make_array_from_callback(tensor.shape, sharding, part)
+    return jax.make_array_from_callback(shape, sharding, part)
