@@ -78,6 +78,8 @@ def document(
             blank = lambda encoder: np.zeros((*encoder.size, 3), np.float32)  # noqa: E731
             pictures.append(tuple(map(blank, config.model.encoders)))
             rejects.append(bad.reason)
+    if _too_many_patches([picture[0] for picture in pictures], config):
+        return _build(example, _EMPTY, config, [], (), ("too_many_patches",))
     return _build(example, rendered, config, texts, pictures, tuple(rejects))
 
 
@@ -162,6 +164,12 @@ def _too_long(rendered: chat.Rendered, texts: list[list[int]], config: Config) -
     if any(len(ids) > config.data.text_tokens for ids in texts):
         return "too_many_instruction_tokens"
     return ""
+
+
+def _too_many_patches(pictures: Sequence[Float[np.ndarray, "H W 3"]], config: Config) -> bool:
+    """Whether the pictures do not fit into a row, as the first encoder sees them."""
+    room = config.data.patches_per_row
+    return room > 0 and images.patches_of(pictures, config.model.encoder.patch) > room
 
 
 def _at(pictures: Sequence[Image], index: int) -> Image:

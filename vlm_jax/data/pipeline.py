@@ -134,8 +134,8 @@ class TrainStream:
                 self._count_bad(k, document, bad)
             if len(document):
                 pending.append((k, document))
-        size = lambda item: (len(item[1]), len(item[1].pixels))  # noqa: E731
-        chosen = packing.choose(pending, size, self._shape.tokens, self._shape.images)
+        needs = lambda item: self._shape.needs(item[1])  # noqa: E731
+        chosen = packing.choose(pending, needs, *self._shape.room)
         row = [pending[i][1] for i in chosen]
         for i in sorted(chosen, reverse=True):
             del pending[i]
@@ -282,6 +282,7 @@ def _fingerprint(
         "rows": data.rows,
         "tokens": data.tokens,
         "images_per_row": data.images_per_row,
+        **({"patches_per_row": data.patches_per_row} if data.patches_per_row else {}),
         "visual_tokens": config.model.image_positions,
         **_sizes(config),
         **_instructions(config),

@@ -149,8 +149,12 @@ def _towers(config: Config, rows: int, tensor: int) -> Iterator[Tower]:
     if data.images:
         for i, encoder in enumerate(model.encoders):
             name = f"extra_encoders/{i - 1}" if i else "encoder"
-            for run in encoder.runs:
-                yield tower(name, slots, Work(*run, encoder.remat), encoder.dtype, lowest=True)
+            shared = 0 if i else data.patches_per_row
+            sequences, runs = slots, encoder.runs
+            if shared:
+                sequences, runs = rows, encoder.packed_runs(data.images_per_row, shared)
+            for run in runs:
+                yield tower(name, sequences, Work(*run, encoder.remat), encoder.dtype, lowest=True)
         connector = model.connector
         work = connector.work(model.encoders, model.visual_width)
         if model.instructed:
