@@ -14,7 +14,7 @@ from jaxtyping import Int
 
 TOKENS, IMAGES, PATCHES = range(3)
 
-STATES = 3  # how far back from its end the greedy row is completed anew
+STATES = 4  # how far back from its end the greedy row is completed anew
 WAITING = 64  # oldest documents whose sets of three complete it
 
 
@@ -51,7 +51,7 @@ def _greedy(needs: Int[np.ndarray, "n 3"], row: Int[np.ndarray, " 3"]) -> list[i
     free = np.arange(len(needs)) > 0
     while (fits := free & (needs <= left).all(axis=1)).any():
         tokens, patches = left[[TOKENS, PATCHES]] / row[[TOKENS, PATCHES]]
-        along = (shares[:, 0] * tokens + shares[:, 1] * patches) / length
+        along = (shares[:, 0] * tokens + shares[:, 1] * patches) / np.maximum(length, 1e-9)
         nearest = int(np.where(fits, along, -1.0).argmax())
         taken.append(nearest)
         free[nearest] = False
