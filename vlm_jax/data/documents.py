@@ -22,7 +22,8 @@ class Document:
       key, source: of the Example.
       tokens, loss_weights, blocks, visual_index, image_index: as in a Batch, the indices counted
         from the document's own first image.
-      pixels: float32 [n, H, W, 3], normalised; zeros for an image that could not be used.
+      pixels: float32 [n, H, W, 3], normalised; zeros for an image that could not be used. Or a
+        sequence of [h, w, 3] where sizes differ.
       extra_pixels: the same images for each of `model.extra_encoders`.
       texts: int32 [n, S], the second text of each image, 0 = padding.
       rejects: why the sample is not learned from, e.g. ("truncated",); its loss weights and texts

@@ -69,12 +69,12 @@ def _completed(
     waiting = np.flatnonzero(fits)[:WAITING]
     # One more that needs nothing stands for fewer than three.
     those = np.concatenate([needs[waiting], np.zeros((1, 3), np.int64)])
-    first, second, third = _sets(len(waiting))
-    total = those[first] + those[second] + those[third]
-    filled = np.where((total <= left).all(axis=1), _filled(total, row), -1)
-    best = int(filled.argmax())
-    others = (int(members[best]) for members in (first, second, third))
-    return taken + [int(waiting[i]) for i in others if i < len(waiting)]
+    sets = _sets(len(waiting))
+    tokens, images, patches = (need[sets].sum(axis=0) for need in those.T.copy())
+    fits = (tokens <= left[TOKENS]) & (images <= left[IMAGES]) & (patches <= left[PATCHES])
+    filled = tokens * row[PATCHES] + patches * row[TOKENS]
+    best = int(np.where(fits, filled, -1).argmax())
+    return taken + [int(waiting[i]) for i in sets[:, best] if i < len(waiting)]
 
 
 @functools.cache
