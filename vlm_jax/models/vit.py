@@ -240,8 +240,8 @@ def _drop_path(x: Float[Array, "n T D"], rate, key, rows: packed.Rows | None):
     """Stochastic depth: drops a branch of whole images."""
     if key is None or rows is None or (isinstance(rate, float) and rate == 0.0):
         return drop(x, rate, key, per_row=True)
-    keep = drop(jnp.ones((*rows.tokens.shape[:2], 1), x.dtype), rate, key, per_row=False)
-    return x * packed.of_tokens(keep, rows)
+    keep = drop(jnp.ones((*rows.tokens.shape[:2], 1)), rate, key)
+    return (x * packed.of_tokens(keep, rows)).astype(x.dtype)
 
 
 def _looked_at(mask: Bool[Array, "n P"] | None, before: int) -> Bool[Array, "n 1 1 T"] | None:
