@@ -3,12 +3,14 @@
     python -m benchmarks.packed_steps
 
 Everything is divided by SCALE: lengths, visual tokens and patches of `benchmarks.packing`'s
-documents, so that attention's share of a layer this narrow is nearer to that of a large one. All
-steps run in one process on one core, in turns; a step's time is the median of the process's CPU
-clock over the repeats, without compilation. Useful tokens are those that are no padding. Three ways
-to lay out the same documents:
+documents, so that attention between all pairs of a row has the share of a decoder's operations that
+causal attention has in a 7B model at full length (a sixth of its matrices'). Attention is written
+out, not a fused kernel, and takes more of the time than that. All steps run in one process on one
+core, in turns; a step's time is the median of the process's CPU clock over the repeats, without
+compilation. Useful tokens are those that are no padding. Three ways to lay out the same documents:
 
-unpacked: a row each, batches of 16 padded to the longest text and the largest picture in each;
+unpacked: a row each, batches of 16 padded to the longest text and the largest picture in each; of
+    many such batches those at even quantiles of their padding are run;
 slots: packed rows in which every image has room for the most patches;
 shared: packed rows whose images share patches.
 """
@@ -30,21 +32,22 @@ from vlm_jax.batch import Batch
 from vlm_jax.config import Config, Data, Model, Parallel, Train
 from vlm_jax.data import packing
 from vlm_jax.data.documents import Document
+from vlm_jax.data.images import grid_of
 from vlm_jax.presets.connectors import Connector
 from vlm_jax.presets.decoders import Decoder
 from vlm_jax.presets.encoders import Encoder
 
-SCALE = 16
+SCALE = 32
 TOKENS, IMAGES, PATCHES = 8704 // SCALE, 11, 8000 // SCALE
 QUERIES, PATCH, VOCAB = VISUAL_TOKENS // SCALE, 8, 1024
-BATCHES, ROWS, POOL, UNPACKED = 4, 2, 64, 16
+BATCHES, ROWS, POOL, UNPACKED = 4, 4, 64, 16
 
 PLAIN = {"dtype": "float32", "remat": False}
-TOWER = {"patch": PATCH, "image_size": 80, "max_patches": MOST // SCALE}
+TOWER = {"patch": PATCH, "image_size": 56, "max_patches": MOST // SCALE}
 MODEL = Model(
-    Encoder(256, 4, 1024, 4, position_resize="bucket", **TOWER, **PLAIN),
-    Connector("perceiver", queries=QUERIES, layers=1, width=256, heads=4, kv_heads=4, **PLAIN),
-    Decoder(VOCAB, 384, 6, 1024, 6, 6, 64, tied=True, **PLAIN),
+    Encoder(128, 3, 512, 2, position_resize="bucket", **TOWER, **PLAIN),
+    Connector("perceiver", queries=QUERIES, layers=1, width=128, heads=2, kv_heads=2, **PLAIN),
+    Decoder(VOCAB, 256, 4, 688, 4, 4, 64, tied=True, **PLAIN),
 )
 
 
@@ -104,10 +107,13 @@ def packed_batches(documents: list[Document], shared: int) -> Iterator[tuple[Con
 
 def unpacked_batches(documents: list[Document]) -> Iterator[tuple[Config, Batch]]:
     """Batches of a document a row."""
-    for start in range(0, BATCHES * UNPACKED, UNPACKED):
-        part = documents[start : start + UNPACKED]
-        grids = [np.array(d.pixels.shape[1:3]) // PATCH for d in part if len(d.pixels)]
-        most = max(int(grid.prod()) for grid in grids)
+    starts = range(0, len(documents) - UNPACKED + 1, UNPACKED)
+    parts = [documents[start : start + UNPACKED] for start in starts]
+    parts.sort(key=lambda part: sum(map(len, part)) / max(map(len, part)))
+    for i in range(BATCHES):
+        part = parts[(2 * i + 1) * len(parts) // (2 * BATCHES)]
+        grids = [grid_of(pixels, PATCH) for one in part for pixels in one.pixels]
+        most = max(rows * columns for rows, columns in grids)
         made = config(UNPACKED, max(map(len, part)), 1, most=most)
         yield made, packing.assemble([[one] for one in part], packing.shape_of(made, pad=0))
 
