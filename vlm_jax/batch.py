@@ -20,6 +20,8 @@ class Images(NamedTuple):
       patches: float32 [B, P, patch * patch * 3], normalised; None for an encoder that takes pixels.
       patch_positions: int32 [B, P, 2], row and column of each patch in its image.
       patch_images: int32 [B, P], which image of the row a patch belongs to, -1 = padding.
+      starts: int32 [B, N], in packed rows of patches the first patch of each image, whose others
+        follow in reading order; None where all slots own equal shares of the row, in order.
     """
 
     grids: Array
@@ -27,6 +29,7 @@ class Images(NamedTuple):
     patches: Array | None = None
     patch_positions: Array | None = None
     patch_images: Array | None = None
+    starts: Array | None = None
 
 
 class Batch(NamedTuple):

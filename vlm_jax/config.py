@@ -181,6 +181,8 @@ class Data:
       rows: rows of the global batch, B.
       tokens: text positions of a row, T.
       images_per_row: image slots of a row, N.
+      patches_per_row: patches of a row, which its images share as `model.encoder` sees them, for an
+        encoder with `max_patches`; 0 = each slot has room of its own.
       text_tokens: tokens of an image's second text, S. It is the image's own text, cut there, which
         auxiliary losses read; or what is asked about it, never cut, where the connector reads that.
       instruction_tokenizer: of what the connector reads, as `tokenizer`; "" = the same.
@@ -208,6 +210,7 @@ class Data:
     rows: int = 16
     tokens: int = 256
     images_per_row: int = 8
+    patches_per_row: int = 0
     text_tokens: int = 16
     instruction_tokenizer: str = ""
     views: int = 1
@@ -446,6 +449,7 @@ def check(config: Config) -> None:
             getattr(encoder, "max_patches", 0),
             f"0 or {math.prod(encoder.grid)}: the data makes images of image_size only",
         )
+    _check_patches(data.patches_per_row, getattr(model.encoder, "max_patches", 0))
     _require(data.views >= 1, "data.views", data.views, "at least 1")
     _require(
         model.fusion is None
@@ -510,6 +514,15 @@ def _check_mixtures(data: Data) -> None:
             path = f"data.{field}.{name}"
             _require(name in known, path, value, f"a source of a mixture: {', '.join(known)}")
             _require(least <= value < math.inf, path, value, f"at least {least}")
+
+
+def _check_patches(shared: int, most: int) -> None:
+    """Of rows whose images share patches."""
+    if shared:
+        expected = "0, as all images of an encoder without max_patches have one size"
+        _require(most > 0, "data.patches_per_row", shared, expected)
+        expected = f"0, or room for an image's {most} patches"
+        _require(shared >= most, "data.patches_per_row", shared, expected)
 
 
 def check_model(model: Model, longest: int = 0) -> None:

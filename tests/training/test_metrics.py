@@ -72,6 +72,11 @@ def test_what_cannot_be_used_is_listed_once_whatever_was_killed(tmp_path):
     ]
 
 
+def test_patches_that_images_share_have_a_padding_of_their_own():
+    sums = SUMS | {"patches": 30, "patch_room": 40}
+    assert metrics.row(3, sums, Info((), {}))["patch_padding"] == 0.25
+
+
 def test_lines_after_the_restored_step_and_torn_ones_are_dropped(tmp_path):
     with metrics.Metrics(tmp_path, PLAIN, 0) as log:
         for step in range(1, 6):

@@ -22,7 +22,8 @@ class Document:
       key, source: of the Example.
       tokens, loss_weights, blocks, visual_index, image_index: as in a Batch, the indices counted
         from the document's own first image.
-      pixels: float32 [n, H, W, 3], normalised; zeros for an image that could not be used.
+      pixels: float32 [n, H, W, 3], normalised; zeros for an image that could not be used. Or a
+        sequence of [h, w, 3] where sizes differ.
       extra_pixels: the same images for each of `model.extra_encoders`.
       texts: int32 [n, S], the second text of each image, 0 = padding.
       rejects: why the sample is not learned from, e.g. ("truncated",); its loss weights and texts
@@ -84,6 +85,8 @@ def document(
             blank = lambda encoder: np.zeros((*encoder.size, 3), np.float32)  # noqa: E731
             pictures.append(tuple(map(blank, config.model.encoders)))
             rejects.append(bad.reason)
+    if _too_many_patches([picture[0] for picture in pictures], config):
+        return _build(example, _EMPTY, config, [], (), ("too_many_patches",))
     return _build(example, rendered, config, texts, pictures, tuple(rejects))
 
 
@@ -168,6 +171,12 @@ def _too_long(rendered: chat.Rendered, texts: list[list[int]], config: Config) -
     if any(len(ids) > config.data.text_tokens for ids in texts):
         return "too_many_instruction_tokens"
     return ""
+
+
+def _too_many_patches(pictures: Sequence[Float[np.ndarray, "H W 3"]], config: Config) -> bool:
+    """Whether the pictures do not fit into a row, as the first encoder sees them."""
+    room = config.data.patches_per_row
+    return room > 0 and images.patches_of(pictures, config.model.encoder.patch) > room
 
 
 def _at(pictures: Sequence[Image], index: int) -> Image:

@@ -163,6 +163,7 @@ def _one_per_row(config: Config, tokenizer: Tokenizer, rendered) -> packing.Shap
         rows=config.eval.rows,
         tokens=min(-(-fits // LENGTH_STEP) * LENGTH_STEP, config.data.tokens),
         images=min(images, config.data.images_per_row),
+        patches=0,
     )
 
 

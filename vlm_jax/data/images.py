@@ -5,6 +5,7 @@ hidden under transparent pixels never bleeds into edges.
 """
 
 import copy
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -211,8 +212,18 @@ def _erase(rgb: Float[np.ndarray, "H W 3"], drawn: int, rng: np.random.Generator
     rgb[rows, columns] = rng.random(3, np.float32)
 
 
+def grid_of(pixels: Float[np.ndarray, "H W 3"], patch: int) -> tuple[int, int]:
+    """Rows and columns of the patches of a picture."""
+    return pixels.shape[0] // patch, pixels.shape[1] // patch
+
+
+def patches_of(pictures: Sequence[Float[np.ndarray, "H W 3"]], patch: int) -> int:
+    """Patches of several pictures together."""
+    return sum(math.prod(grid_of(pixels, patch)) for pixels in pictures)
+
+
 def patchify(pixels: Float[np.ndarray, "H W 3"], patch: int) -> Float[np.ndarray, "P patch_dim"]:
     """Patches in reading order, each flattened as (row, column, channel)."""
-    rows, columns = pixels.shape[0] // patch, pixels.shape[1] // patch
+    rows, columns = grid_of(pixels, patch)
     split = pixels.reshape(rows, patch, columns, patch, 3)
     return split.transpose(0, 2, 1, 3, 4).reshape(rows * columns, patch * patch * 3)

@@ -88,7 +88,7 @@ class Lane:
             if len(document):
                 self._pending.append((n, document))
         held = [document for _, document in self._pending]
-        chosen = packing.choose(held, _size, self._shape.tokens, self._shape.images)
+        chosen = packing.choose(held, self._shape.needs, *self._shape.room)
         for i in reversed(chosen):
             del self._pending[i]
         return [held[i] for i in chosen]
@@ -104,10 +104,6 @@ class Lane:
         self.bad.append(n)
         while self.bad[0] <= n - REJECT_WINDOW:
             self.bad.popleft()
-
-
-def _size(document: Document) -> tuple[int, int]:
-    return len(document), len(document.pixels)
 
 
 def check_budget(lanes: Sequence[Lane], share: float, last: Document) -> None:

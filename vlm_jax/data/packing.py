@@ -1,6 +1,7 @@
 """Exact packing: whole documents share rows of static shape, and nothing is split or cut."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
@@ -8,8 +9,9 @@ import numpy as np
 
 from vlm_jax.batch import Batch, Images
 from vlm_jax.config import Config
+from vlm_jax.data import filling
 from vlm_jax.data.documents import Document
-from vlm_jax.data.images import patchify
+from vlm_jax.data.images import grid_of, patches_of, patchify
 from vlm_jax.presets.encoders import Encoder
 
 VERSION = 1  # raise it when the same documents would be packed otherwise
@@ -25,6 +27,8 @@ class Shape:
       visual_tokens: per image, Q.
       encoders: all that look at the images.
       pad: id on padding.
+      patches: of a row, which its images share as the first encoder sees them; 0 = each slot has
+        room of its own.
     """
 
     rows: int
@@ -34,6 +38,19 @@ class Shape:
     visual_tokens: int
     encoders: tuple[Encoder, ...]
     pad: int = 0
+    patches: int = 0
+
+    @property
+    def room(self) -> tuple[int, ...]:
+        """Tokens and images of a row, and patches where they are shared."""
+        return (self.tokens, self.images, *((self.patches,) if self.patches else ()))
+
+    def needs(self, document: Document) -> tuple[int, ...]:
+        """What a document takes of `room`."""
+        needs = len(document), len(document.pixels)
+        if not self.patches:
+            return needs
+        return *needs, patches_of(document.pixels, self.encoders[0].patch)
 
 
 def shape_of(config: Config, pad: int, **changes: int) -> Shape:
@@ -46,6 +63,7 @@ def shape_of(config: Config, pad: int, **changes: int) -> Shape:
         visual_tokens=config.model.visual_tokens,
         encoders=config.model.encoders,
         pad=pad,
+        patches=config.data.patches_per_row if config.data.images else 0,
     )
     return dataclasses.replace(shape, **changes)
 
@@ -71,23 +89,30 @@ Pending = TypeVar("Pending")
 
 
 def choose(
-    pending: Sequence[Pending], size: Callable[[Pending], tuple[int, int]], tokens: int, images: int
+    pending: Sequence[Pending],
+    size: Callable[[Pending], tuple[int, ...]],
+    tokens: int,
+    images: int,
+    patches: int = 0,
 ) -> list[int]:
     """Which of the pending documents fill the next row: the oldest and the set that fits it best.
 
     Best is exact: no other set leaves fewer tokens free, and none of the same length fewer image
-    slots. The oldest always goes, so that no document waits for ever.
+    slots. With a budget of patches it is the best of a bounded search (`filling.chosen`). The
+    oldest always goes, so that no document waits for ever.
 
     Args:
       pending: in order of arrival; the first must fit.
-      size: (tokens, images) of a document.
-      tokens, images: what a row holds.
+      size: (tokens, images) of a document, or (tokens, images, patches).
+      tokens, images, patches: what a row holds; without patches they are no budget.
 
     Returns:
       Positions in `pending`, ascending.
     """
     if not pending:
         return []
+    if patches:
+        return filling.chosen(list(map(size, pending)), (tokens, images, patches))
     (first_tokens, first_images), *sizes = [size(document) for document in pending]
     reach = _reachable(sizes, tokens - first_tokens, images - first_images)
     left, free = max((sums.bit_length() - 1, n) for n, sums in enumerate(reach[0]) if sums)
@@ -132,7 +157,10 @@ def names(rows: Sequence[Sequence[Document]]) -> tuple[tuple[tuple[str, str], ..
 
 def _empty(shape: Shape) -> Batch:
     whole = lambda fill: np.full((shape.rows, shape.tokens), fill, np.int32)  # noqa: E731
-    images, *extra_images = (_no_images(shape, encoder) for encoder in shape.encoders)
+    images, *extra_images = (
+        _no_images(shape, encoder, 0 if i else shape.patches)
+        for i, encoder in enumerate(shape.encoders)
+    )
     return Batch(
         tokens=whole(shape.pad),
         segments=whole(0),
@@ -147,19 +175,23 @@ def _empty(shape: Shape) -> Batch:
     )
 
 
-def _no_images(shape: Shape, encoder: Encoder) -> Images:
+def _no_images(shape: Shape, encoder: Encoder, shared: int) -> Images:
     slots = (shape.rows, shape.images)
     grids = np.zeros((*slots, 2), np.int32)
     if encoder.reads == "pixels":
         return Images(grids, pixels=np.zeros((*slots, *encoder.size, 3), np.float32))
-    patches = shape.images * encoder.patches
-    # Every slot owns the same patches in every row; empty ones keep image -1.
-    places = np.indices(encoder.grid, dtype=np.int32).reshape(2, -1).T
+    patches = shared or shape.images * encoder.patches
+    places = np.zeros((shape.rows, patches, 2), np.int32)
+    if not encoder.max_patches:
+        # Every slot owns the same patches in every row; empty ones keep image -1.
+        own = np.indices(encoder.grid, dtype=np.int32).reshape(2, -1).T
+        places[:] = np.tile(own, (shape.images, 1))
     return Images(
         grids,
         patches=np.zeros((shape.rows, patches, encoder.patch**2 * 3), np.float32),
-        patch_positions=np.tile(places, (shape.rows, shape.images, 1)),
+        patch_positions=places,
         patch_images=np.full((shape.rows, patches), -1, np.int32),
+        starts=np.zeros(slots, np.int32) if shared else None,
     )
 
 
@@ -195,10 +227,22 @@ def _shifted(index: np.ndarray, by: int) -> np.ndarray:
 
 
 def _place(images: Images, row: int, slot: int, pixels: np.ndarray, encoder: Encoder) -> None:
-    images.grids[row, slot] = encoder.grid
     if images.pixels is not None:
+        images.grids[row, slot] = encoder.grid
         images.pixels[row, slot] = pixels
         return
-    here = (row, slice(slot * encoder.patches, (slot + 1) * encoder.patches))
+    grid = grid_of(pixels, encoder.patch)
+    start, count = slot * encoder.patches, math.prod(grid)
+    if images.starts is not None:
+        start = int(images.grids[row, :slot].prod(axis=-1).sum())
+        images.starts[row, slot] = start
+    if count > encoder.patches or start + count > images.patches.shape[1]:
+        raise ValueError(
+            f"image {slot} of row {row} has {count} patches from {start} on; an image may have "
+            f"{encoder.patches} and the row has {images.patches.shape[1]}"
+        )
+    here = (row, slice(start, start + count))
+    images.grids[row, slot] = grid
     images.patches[here] = patchify(pixels, encoder.patch)
+    images.patch_positions[here] = np.indices(grid).reshape(2, -1).T
     images.patch_images[here] = slot

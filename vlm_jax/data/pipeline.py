@@ -245,6 +245,7 @@ def _fingerprint(
         "rows": data.rows,
         "tokens": data.tokens,
         "images_per_row": data.images_per_row,
+        **({"patches_per_row": data.patches_per_row} if data.patches_per_row else {}),
         "visual_tokens": config.model.image_positions,
         **_sizes(config),
         **_instructions(config),

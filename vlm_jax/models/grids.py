@@ -1,7 +1,7 @@
 """Where patches stand in the grid of their image, and what a vision transformer makes of it.
 
 Grids may be traced: images of a batch then have rows and columns of their own within one shape. m
-is the number of images, or 1 where all have one grid.
+is the number of images, or 1 where all have one grid; or of rows, where patches are packed.
 """
 
 from typing import NamedTuple
@@ -20,12 +20,12 @@ class Places(NamedTuple):
 
     Attributes:
       at: row and column of each patch.
-      grids: rows and columns of each image, at least 1.
+      grids: rows and columns of its image, at least 1; one for all patches of an image's own slot.
       mask: True where there is a patch; None where all of them are.
     """
 
     at: Int[Array, "m P 2"]
-    grids: Int[Array, "m 2"]
+    grids: Int[Array, "m ... 2"]
     mask: Bool[Array, "n P"] | None
 
 
@@ -33,12 +33,18 @@ def places(images: Images, encoder: Encoder) -> Places:
     """Where the patches of a batch stand; all images alike unless `max_patches` is set."""
     if not encoder.max_patches:
         at = np.indices(encoder.grid, dtype=np.int32).reshape(2, -1).T
-        return Places(jnp.asarray(at[None]), jnp.asarray(encoder.grid)[None], None)
-    grids = jnp.maximum(images.grids.reshape(-1, 2), 1)
-    at = images.patch_positions.reshape(len(grids), encoder.patches, 2)
-    mask = images.patch_images.reshape(len(grids), encoder.patches) >= 0
+        return Places(jnp.asarray(at[None]), jnp.asarray(encoder.grid)[None, None], None)
+    grids = jnp.maximum(images.grids, 1)
+    if images.starts is not None:
+        at, owner = images.patch_positions, images.patch_images
+        mask = owner >= 0
+        grids = jnp.take_along_axis(grids, jnp.maximum(owner, 0)[..., None], axis=1)
+    else:
+        grids = grids.reshape(-1, 1, 2)
+        at = images.patch_positions.reshape(len(grids), encoder.patches, 2)
+        mask = images.patch_images.reshape(len(grids), encoder.patches) >= 0
     # What padding holds must not reach past a table: it would come back as NaN.
-    return Places(jnp.clip(at, 0, grids[:, None] - 1), grids, mask)
+    return Places(jnp.clip(at, 0, grids - 1), grids, mask)
 
 
 def resized(table: Float[Array, "R C D"], seen: Places, method: str) -> Float[Array, "m P D"]:
@@ -52,12 +58,12 @@ def resized(table: Float[Array, "R C D"], seen: Places, method: str) -> Float[Ar
     rows, columns, width = table.shape
     if method == "bucket":
         row, column = (
-            bucket(seen.at[..., i], seen.grids[:, i, None], size)
+            bucket(seen.at[..., i], seen.grids[..., i], size)
             for i, size in enumerate((rows, columns))
         )
         return table[row, column]
     row, column = (
-        weights(seen.at[..., i], seen.grids[:, i, None], size, method)
+        weights(seen.at[..., i], seen.grids[..., i], size, method)
         for i, size in enumerate((rows, columns))
     )
     both = (row[..., :, None] * column[..., None, :]).reshape(*row.shape[:2], rows * columns)
@@ -66,7 +72,7 @@ def resized(table: Float[Array, "R C D"], seen: Places, method: str) -> Float[Ar
     )
 
 
-def bucket(place: Int[Array, "m P"], count: Int[Array, "m 1"], size: int) -> Int[Array, "m P"]:
+def bucket(place: Int[Array, "m P"], count: Int[Array, "m ..."], size: int) -> Int[Array, "m P"]:
     """Which of `size` equal parts of an image the `place`-th of `count` patches begins in.
 
     Computed as Idefics2 does (transformers), to the last bit: 70 patches over a table of 70 lie on
@@ -79,7 +85,7 @@ def bucket(place: Int[Array, "m P"], count: Int[Array, "m 1"], size: int) -> Int
 
 
 def weights(
-    place: Int[Array, "m P"], count: Int[Array, "m 1"], size: int, method: str
+    place: Int[Array, "m P"], count: Int[Array, "m ..."], size: int, method: str
 ) -> Float[Array, "m P S"]:
     """How much of each of `size` entries the `place`-th of `count` patches takes, along one axis.
 
@@ -125,7 +131,7 @@ def angles(
       head_dim: a multiple of 4.
       theta: of the slowest.
     """
-    share = seen.at / seen.grids[:, None] * jnp.asarray(reference, jnp.float32)
+    share = seen.at / seen.grids * jnp.asarray(reference, jnp.float32)
     quarter = head_dim // 4
     frequencies = theta ** (-jnp.arange(quarter) / quarter)
     turned = share[..., None] * frequencies

@@ -20,8 +20,10 @@ class PatchStem(nnx.Module):
         )
 
     def __call__(self, images: Images, encoder: Encoder) -> Float[Array, "n P D"]:
-        rows, _, dim = images.patches.shape
-        patches = images.patches.reshape(rows * images.grids.shape[1], encoder.patches, dim)
+        patches = images.patches
+        if images.starts is None:
+            slots = len(patches) * images.grids.shape[1]
+            patches = patches.reshape(slots, encoder.patches, patches.shape[-1])
         return self.embed(patches.astype(encoder.dtype))
 
 

@@ -3,6 +3,7 @@
 m counts texts, n images, E is the width of the shared space.
 """
 
+import functools
 import math
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from vlm_jax.models.layers import Features, LayerNorm, Linear, Stack
+from vlm_jax.models.layers import Features, LayerNorm, Linear, Stack, attend
 from vlm_jax.models.vit import Block
 from vlm_jax.presets.text import TextTower
 
@@ -50,7 +51,8 @@ class Text(nnx.Module):
         x = self.embedding[...][tokens] + self.positions[...][:length]
         mask = there[:, None, None] & jnp.ones((length, length), bool)
         mask = jnp.tril(mask) if self.text.causal else mask
-        step = lambda block, x, _, key: (block(x, mask, None, 0.0, key), None)  # noqa: E731
+        look = functools.partial(attend, mask=mask)
+        step = lambda block, x, _, key: (block(x, look, None, 0.0, key), None)  # noqa: E731
         x, _ = self.stack(step, x.astype(self.text.dtype), key=key)
         x = self.norm(jnp.take_along_axis(x, self._pooled(tokens)[:, None, None], axis=1)[:, 0])
         return unit(self.project(x, jnp.float32))

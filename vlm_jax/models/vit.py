@@ -1,10 +1,12 @@
 """The vision transformer: pixels or patches to patch features.
 
 Every difference between published towers is a field of `presets.encoders.Encoder`. n counts images,
-whatever row they came from.
+whatever row they came from, or in the blocks the rows of packed ones (`packed.py`).
 """
 
+import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from vlm_jax.batch import Images
-from vlm_jax.models import grids
+from vlm_jax.models import grids, packed
 from vlm_jax.models.layers import (
     NORMS,
     Attention,
@@ -39,7 +41,11 @@ class LayerScale(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Self-attention and feed-forward part, each with a norm and a residual."""
+    """Self-attention and feed-forward part, each with a norm and a residual.
+
+    Called with tokens, the attention between them, rotary angles, the rate of stochastic depth,
+    dropout's key, and of packed rows whose tokens stand where.
+    """
 
     def __init__(self, encoder: Encoder, rngs: nnx.Rngs):
         self.encoder = encoder
@@ -66,28 +72,29 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "n T D"],
-        mask: Bool[Array, "n 1 #T T"] | None,
+        look: Callable,
         angle: Float[Array, "m T 1 R"] | None,
         path_rate: Float[Array, ""] | float,
         key,
+        rows: packed.Rows | None = None,
     ) -> Float[Array, "n T D"]:
         keys = (None,) * 4 if key is None else jax.random.split(key, 4)
-        attention = lambda y: self._attention(y, mask, angle)  # noqa: E731
+        attention = lambda y: self._attention(y, look, angle)  # noqa: E731
         y = self._branch(x, attention, self.norm1, self.scale1)
-        x = x + drop(drop(y, self.encoder.dropout, keys[0]), path_rate, keys[1], per_row=True)
+        x = x + _drop_path(drop(y, self.encoder.dropout, keys[0]), path_rate, keys[1], rows)
         y = self._branch(x, self.mlp, self.norm2, self.scale2)
-        x = x + drop(drop(y, self.encoder.dropout, keys[2]), path_rate, keys[3], per_row=True)
+        x = x + _drop_path(drop(y, self.encoder.dropout, keys[2]), path_rate, keys[3], rows)
         return constrain(x, "batch", None, None)
 
     def _branch(self, x, function, norm, scale) -> Float[Array, "n T D"]:
         y = norm(function(x)) if self.encoder.post_norm else function(norm(x))
         return y if scale is None else scale(y)
 
-    def _attention(self, x, mask, angle) -> Float[Array, "n T D"]:
+    def _attention(self, x, look, angle) -> Float[Array, "n T D"]:
         query, key, value = self.attention.project(x, x)
         if angle is not None:
             query, key = grids.rotate_pairs(query, angle), grids.rotate_pairs(key, angle)
-        y = attend(query, key, value, mask, scale=self.encoder.attention_scale or None)
+        y = look(query, key, value, scale=self.encoder.attention_scale or None)
         if self.inner_norm is not None:
             y = self.inner_norm(y.reshape(*x.shape[:2], -1)).reshape(y.shape)
         return self.attention.out(y)
@@ -159,28 +166,34 @@ class Vit(nnx.Module):
     ) -> tuple[Float[Array, "n T _D"], Bool[Array, "n P"] | None]:
         """All tokens after the last block, or of all taps, and which patches there are."""
         encoder = self.encoder
+        before = encoder.class_token + encoder.registers
         seen = grids.places(images, encoder)
+        rows = None if images.starts is None else packed.rows(images, before, encoder.patches)
+        # As many of each token before the patches as a sequence has images.
+        slots = 1 if rows is None else images.grids.shape[1]
         x = self.stem(images, encoder)
         x = constrain(x + self._positions(seen).astype(x.dtype), "batch", None, None)
-        x = self._prefixed(x)
+        x = self._prefixed(x, slots)
         x = x if self.pre_norm is None else self.pre_norm(x)
-        before = encoder.class_token + encoder.registers
-        mask = _looked_at(seen.mask, before)
-        angle = self._angles(seen, before)
+        angle = self._angles(seen, slots * before)
+        look = functools.partial(attend, mask=_looked_at(seen.mask, before))
+        look = look if rows is None else functools.partial(packed.attention, rows=rows)
         # Stochastic depth's rate rises linearly from 0 at the first block (Huang et al. 2016).
         rates = jnp.linspace(0.0, encoder.drop_path, encoder.depth)[: encoder.blocks]
 
         def apply(block, x, rate, key):
-            x = block(x, mask, angle, rate if encoder.drop_path else 0.0, key)
+            x = block(x, look, angle, rate if encoder.drop_path else 0.0, key, rows)
             return x, x if encoder.taps else None
 
         last, outputs = self.stack(apply, x, per_layer=rates, key=key)
-        if not encoder.taps:
+        if encoder.taps:
+            # Counted from the last block of the published tower, which need not run.
+            outputs = jnp.concatenate([x[None], outputs])
+            tapped = [outputs[encoder.depth + 1 + tap] for tap in encoder.taps]
+            last = jnp.concatenate(tapped, axis=-1)
+        if rows is None:
             return last, seen.mask
-        # Counted from the last block of the published tower, which need not run.
-        outputs = jnp.concatenate([x[None], outputs])
-        tapped = [outputs[encoder.depth + 1 + tap] for tap in encoder.taps]
-        return jnp.concatenate(tapped, axis=-1), seen.mask
+        return packed.apart(last, rows), rows.there[..., before:].reshape(-1, encoder.patches)
 
     def _positions(self, seen: grids.Places) -> Float[Array, "m P D"] | Float[Array, ""]:
         """What is added to the patches."""
@@ -199,8 +212,11 @@ class Vit(nnx.Module):
         table = table.reshape(*encoder.table_grid, encoder.width)
         return grids.resized(table, seen, encoder.position_resize)
 
-    def _prefixed(self, x: Float[Array, "n P D"]) -> Float[Array, "n T D"]:
-        """With the class token, which has the first learned position, and registers before it."""
+    def _prefixed(self, x: Float[Array, "n P D"], slots: int) -> Float[Array, "n T D"]:
+        """With the class token, which has the first learned position, and registers before it.
+
+        Of `slots` images those of the first, then those of the second and so on.
+        """
         tokens = []
         if self.class_token is not None:
             first = 0.0 if self.positions is None else self.positions[...][0]
@@ -209,7 +225,7 @@ class Vit(nnx.Module):
             tokens.append(self.registers[...])
         if not tokens:
             return x
-        tokens = jnp.concatenate(tokens).astype(x.dtype)
+        tokens = jnp.tile(jnp.concatenate(tokens), (slots, 1)).astype(x.dtype)
         return jnp.concatenate([jnp.broadcast_to(tokens, (x.shape[0], *tokens.shape)), x], axis=1)
 
     def _angles(self, seen: grids.Places, before: int) -> Float[Array, "m T 1 R"] | None:
@@ -218,6 +234,14 @@ class Vit(nnx.Module):
             return None
         angle = grids.angles(seen, self.encoder.rotary_grid, self.encoder.key_width)
         return jnp.pad(angle, ((0, 0), (before, 0), (0, 0), (0, 0)))
+
+
+def _drop_path(x: Float[Array, "n T D"], rate, key, rows: packed.Rows | None):
+    """Stochastic depth: drops a branch of whole images."""
+    if key is None or rows is None or (isinstance(rate, float) and rate == 0.0):
+        return drop(x, rate, key, per_row=True)
+    keep = drop(jnp.ones((*rows.tokens.shape[:2], 1)), rate, key)
+    return (x * packed.of_tokens(keep, rows)).astype(x.dtype)
 
 
 def _looked_at(mask: Bool[Array, "n P"] | None, before: int) -> Bool[Array, "n 1 1 T"] | None:

@@ -166,6 +166,14 @@ class Encoder:
         """Runs of equal blocks: (tokens, tokens each looks at, width, mlp, heads, depth)."""
         return ((self.tokens, self.tokens, self.width, self.mlp, self.heads, self.blocks),)
 
+    def packed_runs(
+        self, images: int, patches: int
+    ) -> tuple[tuple[int, int, int, int, int, int], ...]:
+        """`runs` over rows in which so many images share so many patches (`models/packed.py`)."""
+        length = images * (self.tokens - self.patches) + patches
+        pairs = min(images * self.tokens**2, length**2)
+        return tuple((length, -(-pairs // length), *rest) for _, _, *rest in self.runs)
+
     def problems(self) -> Iterator[tuple[str, str]]:
         """Fields that contradict others, each with what was expected."""
         if any(side % self.patch for side in self.size):

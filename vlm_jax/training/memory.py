@@ -151,8 +151,12 @@ def _towers(config: Config, rows: int, tensor: int) -> Iterator[Tower]:
     if data.images:
         for i, encoder in enumerate(model.encoders):
             name = f"extra_encoders/{i - 1}" if i else "encoder"
-            for run in encoder.runs:
-                yield tower(name, slots, Work(*run, encoder.remat), encoder.dtype, lowest=True)
+            shared = 0 if i else data.patches_per_row
+            sequences, runs = slots, encoder.runs
+            if shared:
+                sequences, runs = rows, encoder.packed_runs(data.images_per_row, shared)
+            for run in runs:
+                yield tower(name, sequences, Work(*run, encoder.remat), encoder.dtype, lowest=True)
     if model.pair:
         text = model.text
         sizes = (text.length, text.length, text.width, text.mlp, text.heads, text.depth)

@@ -38,6 +38,8 @@ def row(step: int, sums: Mapping[str, Any], info: Info) -> Row:
         "images": int(sums["images"]),
         "padding": 1.0 - int(sums["tokens"]) / int(sums["positions"]),
     }
+    if "patches" in sums:
+        line["patch_padding"] = 1.0 - int(sums["patches"]) / int(sums["patch_room"])
     for name in ("words", "contrastive"):
         if f"{name}_nll" in sums:
             images = max(int(sums[f"{name}_images"]), 1)

@@ -25,8 +25,9 @@ def losses(
     The loss is the sum over the supervised tokens of the whole batch divided by their weight, so it
     does not depend on how rows are spread over devices; of a model of pairs it is `belonging`.
     Metrics: `nll` (without smoothing), `weight` and `correct` over supervised tokens; `tokens`
-    (real ones), `positions` (with padding) and `images`; with the auxiliary losses `words_nll` over
-    `words_images` and `contrastive_nll` over `contrastive_images`.
+    (real ones), `positions` (with padding) and `images`; `patches` (real ones) and `patch_room`
+    where images share a row's; with the auxiliary losses `words_nll` over `words_images` and
+    `contrastive_nll` over `contrastive_images`.
 
     Args:
       vlm: the model over its parameters.
@@ -51,6 +52,9 @@ def losses(
         "positions": jnp.asarray(batch.segments.size),
         "images": jnp.sum(batch.images.grids[..., 0] > 0),
     }
+    if batch.images.starts is not None:
+        owner = batch.images.patch_images
+        sums |= {"patches": jnp.sum(owner >= 0), "patch_room": jnp.asarray(owner.size)}
     tokens = None if visual is None else tokens_of(visual)
     if config.train.contrastive and tokens is not None:
         apart, apart_sums = contrastive(tokens, batch.image_texts, config.train.temperature)
