@@ -102,6 +102,11 @@ class Augment:
       shade: strength of a random linear light gradient.
       noise: largest standard deviation of pixel noise, white being 1.
       erase: chance that a random rectangle is painted over.
+      crop: smallest and largest share of the picture's area that is shown, at an aspect ratio
+        between 3:4 and 4:3 (Inception's random crop); (1, 1) = all of it.
+      flip: chance that left and right are exchanged.
+      upscale: a picture whose longer side is below the second is enlarged to a longer side drawn
+        between the first, or its own, and the second (Idefics2: 378 to 980); (0, 0) = never.
     """
 
     background: str = "white"
@@ -121,6 +126,14 @@ class Augment:
     shade: float = 0.0
     noise: float = 0.0
     erase: float = 0.0
+    crop: tuple[float, float] = (1.0, 1.0)
+    flip: float = 0.0
+    upscale: tuple[int, int] = (0, 0)
+
+    @property
+    def repaints(self) -> bool:
+        """Whether it changes more than what of a picture is shown, and how large."""
+        return self != Augment(crop=self.crop, flip=self.flip, upscale=self.upscale)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -396,13 +409,14 @@ def check(config: Config) -> None:
         dict(data.mixture),
         "weights of at least 0",
     )
-    square = all(len(set(encoder.size)) == 1 for encoder in model.encoders)
+    square = all(len(set(e.size)) == 1 and e.resize.fixed for e in model.encoders)
     _require(
-        square or data.augment == Augment(),
+        square or not data.augment.repaints,
         "data.augment",
         data.augment,
-        "none of it for images that are no squares",
+        "crop, flip and upscale only, where images are no squares or several of a picture",
     )
+    _check_augment(data.augment)
     for encoder in model.encoders:
         _require(
             not isinstance(encoder, Encoder) or encoder.max_patches in (0, math.prod(encoder.grid)),
@@ -442,6 +456,15 @@ def check(config: Config) -> None:
         )
 
 
+def _check_augment(augment: Augment) -> None:
+    (small, large), (low, high) = augment.crop, augment.upscale
+    expected = "two shares of the area above 0 and up to 1, the smaller first"
+    _require(0 < small <= large <= 1, "data.augment.crop", augment.crop, expected)
+    _require(0 <= augment.flip <= 1, "data.augment.flip", augment.flip, "a chance from 0 to 1")
+    expected = "two lengths in pixels, the smaller first"
+    _require(0 <= low <= high, "data.augment.upscale", augment.upscale, expected)
+
+
 def check_model(model: Model, longest: int = 0) -> None:
     """Raises ConfigError where a model's presets contradict each other.
 
@@ -452,6 +475,7 @@ def check_model(model: Model, longest: int = 0) -> None:
     for i, encoder in enumerate(model.encoders):
         path = f"model.extra_encoders[{i - 1}]" if i else "model.encoder"
         _check_preset(encoder, path, encoder.problems())
+        _check_preset(encoder.resize, f"{path}.resize", encoder.resize.problems(encoder))
     if model.connector is not None:
         _require(model.encoder is not None, "model.encoder", None, "what the connector looks at")
         _require(model.decoder is not None, "model.decoder", None, "what the connector speaks to")

@@ -72,8 +72,9 @@ def document(
     pictures, rejects = [], []
     for span in spans:
         try:
-            rgba = images.decode(_at(example.images, span.index))
-            pictures.append(images.fit_all(rgba, config.model.encoders, augment, rng))
+            picture = images.picture(_at(example.images, span.index))
+            seen = images.fit_all(picture, config.model.encoders, augment, rng)
+            pictures.append(tuple(view for (view,) in seen))
         except images.BadImage as bad:
             blank = lambda encoder: np.zeros((*encoder.size, 3), np.float32)  # noqa: E731
             pictures.append(tuple(map(blank, config.model.encoders)))
@@ -112,10 +113,10 @@ def prompt_document(
     seen = []
     for span in rendered.image_spans:
         try:
-            rgba = images.decode(_at(pictures, span.index))
+            picture = images.picture(_at(pictures, span.index))
         except images.BadImage as bad:
             raise DataError(f"image {span.index + 1} of the prompt cannot be used: {bad}") from bad
-        seen.append(images.fit_all(rgba, config.model.encoders))
+        seen.append(tuple(view for (view,) in images.fit_all(picture, config.model.encoders)))
     return _build(prompt, rendered, config, texts, seen, ())
 
 
