@@ -8,7 +8,7 @@ from PIL import Image
 from resizing_theirs import TORCHVISION, picture, table
 
 from vlm_jax.config import Augment
-from vlm_jax.data import augmentation, images, resizing
+from vlm_jax.data import augmentation, images, resizing, steps
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "resizing.npz"
 # Wide, tall, and smaller than a tile.
@@ -18,7 +18,7 @@ SIZES = ((375, 500), (501, 334), (336, 336), (40, 1000), (1000, 41), (2, 3), (1,
 
 def views(row, image):
     made = resizing.plan((image.height, image.width), row.encoder)
-    found = [np.asarray(view) for view in resizing.apply(image, made)]
+    found = [np.asarray(view) for view in steps.apply(image, made)]
     assert tuple(view.shape[:2] for view in found) == made.sizes
     return found
 
@@ -65,12 +65,12 @@ def test_no_view_of_a_long_picture_makes_a_huge_one(name, size):
         return original(mode, size, *rest)
 
     made = resizing.plan(size, row.encoder)
-    for step in {step for steps in made.views for step in steps}:
-        if isinstance(step, resizing.Scale | resizing.Window):
+    for step in {step for view in made.views for step in view}:
+        if isinstance(step, steps.Scale | steps.Window):
             largest = max(largest, step.height * step.width)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Image, "new", watched)
-        found = resizing.apply(original("RGB", size[::-1]), made)
+        found = steps.apply(original("RGB", size[::-1]), made)
     assert tuple((view.height, view.width) for view in found) == made.sizes
     assert largest <= 2**24
 

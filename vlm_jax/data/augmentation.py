@@ -1,7 +1,7 @@
 """Random changes to training pictures: what of them is shown, and how it looks.
 
 What is shown (crop, flip, up-scaling) is drawn before a picture is resized, as steps of
-`data.resizing`; the rest changes views of the encoder's size.
+`data.steps`; the rest changes views of the encoder's size.
 """
 
 import math
@@ -12,7 +12,7 @@ from jaxtyping import Float
 from PIL import Image, ImageFilter
 
 from vlm_jax.config import Augment
-from vlm_jax.data.resizing import Flip, Scale, Size, Steps, Window
+from vlm_jax.data.steps import Flip, Scale, Size, Steps, Window
 
 # Less than this leaves a picture as it is, at the price of a whole filter pass.
 _SMALLEST_BLUR = 0.2

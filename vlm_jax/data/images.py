@@ -12,12 +12,12 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from vlm_jax.config import Augment
-from vlm_jax.data import augmentation, resizing
+from vlm_jax.data import augmentation, resizing, steps
 from vlm_jax.data.augmentation import composite, row
 from vlm_jax.data.decoding import BadImage as BadImage
 from vlm_jax.data.decoding import decode as decode
 from vlm_jax.data.decoding import picture as picture
-from vlm_jax.data.resizing import Plan, Size
+from vlm_jax.data.steps import Plan, Size
 from vlm_jax.presets.encoders import Encoder
 
 Picture = Image.Image | UInt8[np.ndarray, "h w 4"]
@@ -42,7 +42,7 @@ def plans(
     if first:
         size = first[-1].height, first[-1].width
     found = (resizing.plan(size, encoder) for encoder in encoders)
-    return tuple(p._replace(views=tuple(first + steps for steps in p.views)) for p in found)
+    return tuple(p._replace(views=tuple(first + view for view in p.views)) for p in found)
 
 
 def see(
@@ -68,7 +68,7 @@ def see(
     drawn = encoders[0].size[1]
     found = []
     for plan, encoder, replay in zip(plans, encoders, replays, strict=True):
-        views = resizing.apply(image, plan)
+        views = steps.apply(image, plan)
         found.append(tuple(_pixels(view, encoder, augment, replay, drawn) for view in views))
     return tuple(found)
 
@@ -115,8 +115,8 @@ def _pixels(
     width, height = view.size
     mean, std = np.asarray(encoder.mean), np.asarray(encoder.std)
     if augment is None and view.mode == "RGB":
-        levels = np.frombuffer(view.tobytes(), np.uint8).reshape(height, -1)
-        rgb = np.multiply(levels, row(1 / (255 * std), width), dtype=np.float32)
+        rgb = np.frombuffer(view.tobytes(), np.uint8).reshape(height, -1).astype(np.float32)
+        rgb *= row(1 / (255 * std), width)
         rgb -= row(mean / std, width)
         return rgb.reshape(height, width, 3)
     if augment is None:

@@ -7,137 +7,12 @@ published image processors in order, filter and rounding; `tests/data/test_resiz
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from PIL import Image
-
+from vlm_jax.data.steps import LARGE, Framed, Plan, Scale, Size, Steps, Window
 from vlm_jax.presets.resizing import Resize
-
-Size = tuple[int, int]  # height and width
-BLACK = (0, 0, 0)
-
-
-class Scale(NamedTuple):
-    """Resampling to a size.
-
-    Attributes:
-      height, width: of what comes out.
-      filter: one of Pillow's, by name.
-      part: left, top, right and bottom of what is resampled, in pixels of the picture, which lends
-        the filter its surroundings; () = all of it.
-    """
-
-    height: int
-    width: int
-    filter: str
-    part: tuple[float, ...] = ()
-
-    def apply(self, image: Image.Image) -> Image.Image:
-        size = self.width, self.height
-        if image.size == size and not self.part:
-            return image
-        return image.resize(size, _FILTERS[self.filter], self.part or None)
-
-
-class Window(NamedTuple):
-    """A part of the picture, or more than all of it: what is outside has the colour `fill`."""
-
-    top: int
-    left: int
-    height: int
-    width: int
-    fill: tuple[int, int, int] = BLACK
-
-    def apply(self, image: Image.Image) -> Image.Image:
-        bottom, right = self.top + self.height, self.left + self.width
-        within = min(self.top, self.left) >= 0 and bottom <= image.height and right <= image.width
-        if within:
-            return image.crop((self.left, self.top, right, bottom))
-        around = _blank(image.mode, (self.height, self.width), self.fill)
-        around.paste(image, (-self.left, -self.top))
-        return around
-
-
-class Framed(NamedTuple):
-    """Resampling of the picture within a larger frame, which is never made: it may be huge.
-
-    Attributes:
-      height, width: of what comes out.
-      filter: as for `Scale`.
-      frame: height and width of the frame.
-      corner: where in the frame the picture's upper left corner is.
-      fill: colour of the frame.
-    """
-
-    height: int
-    width: int
-    filter: str
-    frame: Size
-    corner: tuple[int, int]
-    fill: tuple[int, int, int]
-
-    def apply(self, image: Image.Image) -> Image.Image:
-        """Columns first, as Pillow resamples a square; so many rows at a time."""
-        (height, width), (top, left) = self.frame, self.corner
-        if height * width > _HUGE and image.height > image.width:
-            down = Scale(self.height, image.width, self.filter).apply(image)
-            framed = Window(0, -left, self.height, width, self.fill).apply(down)
-            return Scale(self.height, self.width, self.filter).apply(framed)
-        across = _blank(image.mode, (height, self.width), self.fill)
-        rows = max(1, _STRIP // width)
-        for start in range(0, image.height, rows):
-            strip = Window(start, -left, min(rows, image.height - start), width, self.fill)
-            scaled = Scale(strip.height, self.width, self.filter).apply(strip.apply(image))
-            across.paste(scaled, (0, top + start))
-        return Scale(self.height, self.width, self.filter).apply(across)
-
-
-def _blank(mode: str, size: Size, fill: tuple[int, int, int]) -> Image.Image:
-    opaque = (255,) * (Image.getmodebands(mode) - len(fill))
-    return Image.new(mode, size[::-1], fill + opaque)
-
-
-# Pixels of a strip. And of what is made in full although only a part of it has anything to show:
-# beyond, other orders of rows and columns are taken, which in noise is off by some of 255 levels.
-_STRIP, _LARGE, _HUGE = 2**20, 2**24, 2**26
-
-
-class Flip(NamedTuple):
-    """A picture of this size, left and right exchanged."""
-
-    height: int
-    width: int
-
-    def apply(self, image: Image.Image) -> Image.Image:
-        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-
-
-Steps = tuple[Scale | Window | Framed | Flip, ...]
-_FILTERS = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
-
-
-class Plan(NamedTuple):
-    """The views of a picture.
-
-    Attributes:
-      views: how each is made from the picture, in the order in which the encoder gets them.
-      tiles: rows and columns of the views that are tiles of the picture; the one other view, if
-        any, is the whole. (0, 0) = there is only that.
-    """
-
-    views: tuple[Steps, ...]
-    tiles: Size = (0, 0)
-
-    @property
-    def sizes(self) -> tuple[Size, ...]:
-        """Height and width of each view."""
-        return tuple((steps[-1].height, steps[-1].width) for steps in self.views)
+from vlm_jax.weights.anyres import best_resolution
 
 
 def plan(size: Size, encoder: Any) -> Plan:
@@ -148,17 +23,8 @@ def plan(size: Size, encoder: Any) -> Plan:
       encoder: the preset; its `resize`, size, mean, and where it has them patch and `max_patches`
         are read.
     """
-    return _MODES[encoder.resize.mode](size, encoder.resize, encoder)
-
-
-def apply(image: Image.Image, plan: Plan) -> list[Image.Image]:
-    """The views of a picture of the size that the plan was made for; common steps are done once."""
-    made: dict[Steps, Image.Image] = {(): image}
-    for steps in plan.views:
-        for n in range(1, len(steps) + 1):
-            if steps[:n] not in made:
-                made[steps[:n]] = steps[n - 1].apply(made[steps[: n - 1]])
-    return [made[steps] for steps in plan.views]
+    made = _MODES[encoder.resize.mode](size, encoder.resize, encoder)
+    return made._replace(size=size)
 
 
 def _squash(size: Size, how: Resize, encoder: Any) -> Plan:
@@ -169,7 +35,7 @@ def _crop(size: Size, how: Resize, encoder: Any) -> Plan:
     """The middle is rounded as transformers' processors do."""
     scaled = _shorter_to(size, how.shortest or min(encoder.size))
     top, left = ((there - here) // 2 for there, here in zip(scaled, encoder.size, strict=True))
-    if math.prod(scaled) > _LARGE:
+    if math.prod(scaled) > LARGE:
         return Plan(((_cut(size, scaled, (top, left), encoder.size, how.filter),),))
     return Plan(((Scale(*scaled, how.filter), Window(top, left, *encoder.size)),))
 
@@ -270,25 +136,13 @@ def _quarters(size: Size, how: Resize, encoder: Any) -> Plan:
     columns = _halves(width)
     parts = [Window(top, left, h, w) for (top, h), (left, w) in itertools.product(rows, columns)]
     quarters = [(part, *_within(part[2:4], how, encoder)) for part in parts]
-    return Plan((*quarters, _within(size, how, encoder)), (2, 2))
+    return Plan((*quarters, _within(size, how, encoder)), (2, 2), whole=4)
 
 
 def _halves(length: int) -> Sequence[tuple[int, int]]:
     """Start and length of both halves."""
     half = length // 2
     return (0, max(half, 1)), (half, length - half)
-
-
-def best_resolution(size: Size, resolutions: Iterable[Size]) -> Size:
-    """The resolution that keeps most of a picture's pixels, and of those alike the smallest."""
-
-    def merit(resolution: Size) -> tuple[int, int]:
-        height, width = resolution
-        scale = min(width / size[1], height / size[0])
-        kept = min(int(size[1] * scale) * int(size[0] * scale), size[0] * size[1])
-        return kept, kept - height * width
-
-    return max(((height, width) for height, width in resolutions), key=merit)
 
 
 def _pinpoints(size: Size, how: Resize, encoder: Any) -> Plan:
@@ -337,7 +191,7 @@ def _grid(size: Size, how: Resize, encoder: Any) -> Plan:
     if tiles == (1, 1):
         return Plan((steps,))
     whole = (*steps, Scale(*encoder.size, how.filter))
-    return Plan((*((*steps, tile) for tile in cut), whole), tiles)
+    return Plan((*((*steps, tile) for tile in cut), whole), tiles, whole=len(cut))
 
 
 _LARGEST = 4096  # transformers' MAX_IMAGE_SIZE
