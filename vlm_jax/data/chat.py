@@ -7,21 +7,24 @@ lengths could disagree with the first.
 
 import bisect
 import dataclasses
+import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 
+from vlm_jax.data import layout
 from vlm_jax.data.example import ImageRef, Part, Turn
+from vlm_jax.data.layout import Layout, Stretch
 from vlm_jax.data.templates import Template
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.errors import DataError
 
 
 class ImageSpan(NamedTuple):
-    """Where the visual tokens of an image stand: `start` in the tokens, `index` in the example."""
+    """Where an image of the batch begins: `start` in the tokens, `index` in the example."""
 
     start: int
     index: int
@@ -32,18 +35,40 @@ class Rendered:
     """A conversation as the decoder reads it.
 
     Attributes:
-      tokens: the placeholder id stands `visual_tokens` times for every image.
+      tokens: the placeholder id stands where a visual token will.
       loss_weights: 1 on answers and their ends, 0 elsewhere.
-      image_spans: in reading order.
+      image_spans: one for every image of the batch, in reading order.
+      visual_index: which visual token stands there, counted from the conversation's first; -1 =
+        none.
+      image_index: the last image at or before each token; -1 = none.
     """
 
     tokens: Int[np.ndarray, " T"]
     loss_weights: Float[np.ndarray, " T"]
     image_spans: tuple[ImageSpan, ...]
+    visual_index: Int[np.ndarray, " T"]
+    image_index: Int[np.ndarray, " T"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _View(ImageRef):
+    """A stretch of a picture, the first one or a later.
+
+    Attributes:
+      stretch: its place.
+      layout: of the picture.
+      first: whether the picture begins here.
+      number: of the picture in the conversation; None = it is the only one.
+    """
+
+    stretch: Stretch
+    layout: Layout
+    first: bool
+    number: int | None
 
 
 class _Piece(NamedTuple):
-    value: str | int | ImageRef  # text, a token id, or an image
+    value: str | int | _View  # text, a token id, or a stretch of a picture
     learned: bool = False
     apart: bool = False  # from the text before it
 
@@ -52,7 +77,7 @@ def render(
     template: Template,
     tokenizer: Tokenizer,
     turns: Sequence[Turn],
-    visual_tokens: int,
+    pictures: int | Callable[[int], Layout],
     reply: bool = False,
 ) -> Rendered:
     """Tokens and loss weights of a conversation.
@@ -61,7 +86,8 @@ def render(
       template: a row of `templates.TEMPLATES`.
       tokenizer: must have the template's special tokens.
       turns: the conversation.
-      visual_tokens: placeholders per image.
+      pictures: how the example's picture of a number stands in the sequence; or how many visual
+        tokens each has, being one image.
       reply: end where the assistant would speak next, for generation.
 
     Raises:
@@ -69,20 +95,76 @@ def render(
       DataError: a role is neither "user" nor "assistant", nor "system" as the first of a template
         that has a place for it.
     """
-    tokens: list[int] = []
-    weights: list[float] = []
-    spans: list[ImageSpan] = []
+    alike = layout.whole(pictures) if isinstance(pictures, int) else None
+    turns = _laid_out(turns, pictures if alike is None else lambda _: alike)
+    made = _Made()
     for piece in _joined(_pieces(template, tokenizer, turns, reply)):
         if isinstance(piece, _Text):
-            ids, learned = piece.encode(tokenizer)
-        elif isinstance(piece.value, ImageRef):
-            spans.append(ImageSpan(len(tokens), piece.value.index))
-            ids, learned = [tokenizer.image] * visual_tokens, [0.0] * visual_tokens
+            made.add(*piece.encode(tokenizer))
+        elif isinstance(piece.value, _View):
+            made.see(piece.value, tokenizer.image)
         else:
-            ids, learned = [piece.value], [float(piece.learned)]
-        tokens += ids
-        weights += learned
-    return Rendered(np.array(tokens, np.int32), np.array(weights, np.float32), tuple(spans))
+            made.add([piece.value], [float(piece.learned)])
+    return made.rendered()
+
+
+def _laid_out(turns: Sequence[Turn], pictures: Callable[[int], Layout]) -> list[Turn]:
+    """Turns with the stretches of a picture instead of a reference to it."""
+    count = sum(isinstance(part, ImageRef) for turn in turns for part in turn.parts)
+    numbers = itertools.count()
+
+    def views(part: Part) -> list[Part]:
+        if not isinstance(part, ImageRef):
+            return [part]
+        found, number = pictures(part.index), next(numbers)
+        return [
+            _View(part.index, stretch, found, n == 0, number if count > 1 else None)
+            for n, stretch in enumerate(found.stretches)
+        ]
+
+    split = lambda turn: tuple(v for part in turn.parts for v in views(part))  # noqa: E731
+    return [dataclasses.replace(turn, parts=split(turn)) for turn in turns]
+
+
+class _Made:
+    """A conversation as far as it is rendered."""
+
+    def __init__(self):
+        self.tokens: list[int] = []
+        self.weights: list[float] = []
+        self.visual: list[int] = []
+        self.image: list[int] = []
+        self.spans: list[ImageSpan] = []
+        self.images = 0  # before the current picture
+
+    def add(self, ids: Sequence[int], weights: Sequence[float]) -> None:
+        self.tokens += ids
+        self.weights += weights
+        self.visual += [-1] * len(ids)
+        self.image += [-1] * len(ids)
+
+    def see(self, view: _View, placeholder: int) -> None:
+        stretch, per_image = view.stretch, view.layout.visual_tokens
+        if view.first:
+            self.images = len(self.spans)
+        before, start = self.images, len(self.tokens)
+        self.add([placeholder] * len(stretch.visual), [0.0] * len(stretch.visual))
+        there = np.where(stretch.visual >= 0, stretch.visual + before * per_image, -1)
+        self.visual[start:] = there.tolist()
+        self.image[start:] = (stretch.image + before).tolist()
+        for image, at in zip(*np.unique(stretch.image, return_index=True), strict=True):
+            if before + image == len(self.spans):
+                self.spans.append(ImageSpan(start + int(at), view.index))
+
+    def rendered(self) -> Rendered:
+        image = np.array(self.image, np.int32)
+        return Rendered(
+            tokens=np.array(self.tokens, np.int32),
+            loss_weights=np.array(self.weights, np.float32),
+            image_spans=tuple(self.spans),
+            visual_index=np.array(self.visual, np.int32),
+            image_index=np.maximum.accumulate(image) if len(image) else image,
+        )
 
 
 def end_tokens(template: Template, tokenizer: Tokenizer) -> list[int]:
@@ -215,14 +297,29 @@ def _framed(
     """Text as it is, images in their frames."""
     last = None
     for part in parts:
-        if isinstance(part, ImageRef):
-            if not (template.image_shared and isinstance(last, ImageRef)):
-                yield from _literal(template, tokenizer, template.image[0])
+        if isinstance(part, _View):
+            shared = template.image_shared and isinstance(last, _View)
+            before, after = _around(template, part, shared)
+            yield from _literal(template, tokenizer, before)
             yield _Piece(part)
-            yield from _literal(template, tokenizer, template.image[1])
+            yield from _literal(template, tokenizer, after)
         else:
             yield _Piece(part, learned)
         last = part
+
+
+def _around(template: Template, view: _View, shared: bool) -> tuple[str, str]:
+    """Text before and after a stretch of a picture."""
+    stretch = view.stretch
+    numbered = view.first and view.number is not None
+    start = template.image_number.format(view.number) if numbered else ""
+    if template.tile and stretch.tile is not None:
+        row, column = stretch.tile
+        before = template.tile.format(row=row, column=column)
+        return start + before, template.tile_row if stretch.last else ""
+    start += template.after_tiles if template.tile and stretch.behind else ""
+    before, after = template.image
+    return start + ("" if shared else before), after
 
 
 class _Text:

@@ -76,7 +76,8 @@ def eval_batches(
     for example in examples:
         # What the template has no place for becomes an empty row, which is counted.
         with contextlib.suppress(DataError):
-            rendered.append(documents.render(example.turns, config, tokenizer))
+            pictures = documents.Pictures(example.images, config)
+            rendered.append(documents.render(example.turns, pictures, tokenizer))
     shape = _one_per_row(config, tokenizer, rendered)
     for part in _chunks(examples, shape.rows):
         rows = [[documents.document(example, config, tokenizer)] for example in part]
@@ -138,7 +139,11 @@ def prompt_batches(config: Config, prompts: Iterable[Prompt]) -> Iterator[Batch]
       DataError: a picture cannot be used, or a prompt is too long.
     """
     prompts, tokenizer = list(prompts), tokenizers.for_config(config)
-    rendered = [documents.render(p.turns, config, tokenizer, reply=True) for p in prompts]
+    shown = [documents.Pictures(prompt.images, config) for prompt in prompts]
+    rendered = [
+        documents.render(prompt.turns, pictures, tokenizer, reply=True)
+        for prompt, pictures in zip(prompts, shown, strict=True)
+    ]
     shape = _one_per_row(config, tokenizer, rendered)
     make = functools.partial(documents.prompt_document, config=config, tokenizer=tokenizer)
     for part in _chunks(prompts, shape.rows):

@@ -16,7 +16,9 @@ from vlm_jax.data import augmentation, resizing, steps
 from vlm_jax.data.augmentation import composite, row
 from vlm_jax.data.decoding import BadImage as BadImage
 from vlm_jax.data.decoding import decode as decode
+from vlm_jax.data.decoding import opened as opened
 from vlm_jax.data.decoding import picture as picture
+from vlm_jax.data.decoding import size as size
 from vlm_jax.data.steps import Plan, Size
 from vlm_jax.presets.encoders import Encoder
 
@@ -92,8 +94,8 @@ def fit_all(
 ) -> tuple[Views, ...]:
     """The views of several encoders; see `plans` and `see`."""
     image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
-    size = image.height, image.width
-    return see(image, plans(size, encoders, augment, rng), encoders, augment, rng)
+    made = plans((image.height, image.width), encoders, augment, rng)
+    return see(image, made, encoders, augment, rng)
 
 
 def _premultiplied(picture: Picture) -> Image.Image:

@@ -146,7 +146,9 @@ def _no_images(shape: Shape, encoder: Encoder) -> Images:
         return Images(grids, pixels=np.zeros((*slots, *encoder.size, 3), np.float32))
     patches = shape.images * encoder.patches
     # Every slot owns the same patches in every row; empty ones keep image -1.
-    places = np.indices(encoder.grid, dtype=np.int32).reshape(2, -1).T
+    places = np.zeros((encoder.patches, 2), np.int32)
+    grid = np.indices(encoder.grid).reshape(2, -1).T[: encoder.patches]
+    places[: len(grid)] = grid
     return Images(
         grids,
         patches=np.zeros((shape.rows, patches, encoder.patch**2 * 3), np.float32),
@@ -187,10 +189,14 @@ def _shifted(index: np.ndarray, by: int) -> np.ndarray:
 
 
 def _place(images: Images, row: int, slot: int, pixels: np.ndarray, encoder: Encoder) -> None:
-    images.grids[row, slot] = encoder.grid
     if images.pixels is not None:
+        images.grids[row, slot] = encoder.grid
         images.pixels[row, slot] = pixels
         return
-    here = (row, slice(slot * encoder.patches, (slot + 1) * encoder.patches))
+    grid = pixels.shape[0] // encoder.patch, pixels.shape[1] // encoder.patch
+    first = slot * encoder.patches
+    here = (row, slice(first, first + grid[0] * grid[1]))
+    images.grids[row, slot] = grid
     images.patches[here] = patchify(pixels, encoder.patch)
+    images.patch_positions[here] = np.indices(grid).reshape(2, -1).T
     images.patch_images[here] = slot

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from vlm_jax.data.steps import LARGE, Framed, Plan, Scale, Size, Steps, Window
+from vlm_jax.presets.anyres import best_resolution
 from vlm_jax.presets.resizing import Resize
-from vlm_jax.weights.anyres import best_resolution
 
 
 def plan(size: Size, encoder: Any) -> Plan:

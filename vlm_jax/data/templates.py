@@ -28,6 +28,11 @@ class Template:
       last_eos: whether the end-of-sequence token, learned, ends the document.
       image: text before and after every image.
       image_shared: whether of two neighbouring images only the first has text before it.
+      image_number: text before every picture where there are several, "{}" being its number from 0.
+      tile: text before every tile of a picture, with "{row}" and "{column}" from 1; "" = tiles are
+        images like all others.
+      tile_row: text behind the last tile of each row.
+      after_tiles: text before the whole picture where its tiles come first.
       images: where the images of a turn stand: "inline" = where it says, "turn" = at its start, its
         text stripped then, "document" = at the start of the document, "front" = even before the
         beginning-of-sequence token.
@@ -52,6 +57,10 @@ class Template:
     last_eos: bool = False
     image: tuple[str, str] = ("", "")
     image_shared: bool = False
+    image_number: str = ""
+    tile: str = ""
+    tile_row: str = ""
+    after_tiles: str = ""
     images: str = "inline"
     strip: bool = False
     user_text: bool = True
