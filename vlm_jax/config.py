@@ -417,13 +417,7 @@ def check(config: Config) -> None:
         "crop, flip and upscale only, where images are no squares or several of a picture",
     )
     _check_augment(data.augment)
-    for encoder in model.encoders:
-        _require(
-            not isinstance(encoder, Encoder) or encoder.max_patches in (0, math.prod(encoder.grid)),
-            "model.encoder.max_patches",
-            getattr(encoder, "max_patches", 0),
-            f"0 or {math.prod(encoder.grid)}: the data makes images of image_size only",
-        )
+    _check_views(model, data)
     _require(data.views >= 1, "data.views", data.views, "at least 1")
     _require(
         model.fusion is None
@@ -453,6 +447,42 @@ def check(config: Config) -> None:
             "data.tokens",
             data.tokens,
             f"room for an image's {model.image_positions} visual tokens and text",
+        )
+
+
+def _check_views(model: Model, data: Data) -> None:
+    """Whether there is room for what pictures become, and whether the connector takes it."""
+    for i, encoder in enumerate(model.encoders):
+        path, how = f"model.extra_encoders[{i - 1}]" if i else "model.encoder", encoder.resize
+        room, native = getattr(encoder, "max_patches", 0), how.mode in how.NATIVE
+        _require(
+            native or room in (0, math.prod(encoder.grid)),
+            f"{path}.max_patches",
+            room,
+            f"0 or {math.prod(encoder.grid) if room else 0}: its resize mode makes images of "
+            "image_size only",
+        )
+        fewest = how.fewest(encoder)
+        _require(
+            len(model.encoders) == 1 or (how.mode not in how.TILES and fewest == 1),
+            f"{path}.resize.mode",
+            how.mode,
+            "one that makes one view of a picture, as several encoders look at it",
+        )
+        _require(
+            fewest <= data.images_per_row or not data.images,
+            "data.images_per_row",
+            data.images_per_row,
+            f"at least the {fewest} images that a picture becomes",
+        )
+        gridded = getattr(model.connector, "pool", "none") != "none"
+        lines = getattr(model.connector, "newline", "none") == "row"
+        kind = getattr(model.connector, "kind", "")
+        _require(
+            not native or not (gridded or lines or kind in ("flat", "sva")),
+            f"{path}.resize.mode",
+            how.mode,
+            "one that makes images of one size, as the connector needs their grid",
         )
 
 

@@ -23,21 +23,25 @@ def plan(size: Size, encoder: Any) -> Plan:
       encoder: the preset; its `resize`, size, mean, and where it has them patch and `max_patches`
         are read.
     """
-    made = _MODES[encoder.resize.mode](size, encoder.resize, encoder)
-    return made._replace(size=size)
+    how = encoder.resize
+    made = _MODES[how.mode](size, how, encoder)._replace(size=size)
+    if how.side:
+        seen = Window(0, 0, *encoder.size)
+        made = made._replace(views=tuple((*steps, seen) for steps in made.views))
+    return made
 
 
 def _squash(size: Size, how: Resize, encoder: Any) -> Plan:
-    return Plan(((Scale(*encoder.size, how.filter),),))
+    return Plan(((Scale(*how.size(encoder), how.filter),),))
 
 
 def _crop(size: Size, how: Resize, encoder: Any) -> Plan:
     """The middle is rounded as transformers' processors do."""
-    scaled = _shorter_to(size, how.shortest or min(encoder.size))
-    top, left = ((there - here) // 2 for there, here in zip(scaled, encoder.size, strict=True))
+    scaled = _shorter_to(size, how.shortest or min(how.size(encoder)))
+    top, left = ((there - here) // 2 for there, here in zip(scaled, how.size(encoder), strict=True))
     if math.prod(scaled) > LARGE:
-        return Plan(((_cut(size, scaled, (top, left), encoder.size, how.filter),),))
-    return Plan(((Scale(*scaled, how.filter), Window(top, left, *encoder.size)),))
+        return Plan(((_cut(size, scaled, (top, left), how.size(encoder), how.filter),),))
+    return Plan(((Scale(*scaled, how.filter), Window(top, left, *how.size(encoder))),))
 
 
 def _cut(size: Size, scaled: Size, corner: tuple[int, int], cut: Size, filter: str) -> Scale:
@@ -59,7 +63,7 @@ def _shorter_to(size: Size, length: int) -> Size:
 def _pad(size: Size, how: Resize, encoder: Any) -> Plan:
     side = max(size)
     corner = (side - size[0]) // 2, (side - size[1]) // 2
-    return Plan(((Framed(*encoder.size, how.filter, (side, side), corner, _mean(encoder)),),))
+    return Plan(((Framed(*how.size(encoder), how.filter, (side, side), corner, _mean(encoder)),),))
 
 
 def _mean(encoder: Any) -> tuple[int, int, int]:
@@ -73,11 +77,11 @@ def _letterbox(size: Size, how: Resize, encoder: Any) -> Plan:
     side = max(size)
     border = ((side - size[0]) // 2, (side - size[1]) // 2)
     frame = (size[0] + 2 * border[0], size[1] + 2 * border[1])
-    scaled = _shorter_to(frame, min(encoder.size))
+    scaled = _shorter_to(frame, min(how.size(encoder)))
     # Half a pixel is rounded to the even side (torchvision's center_crop).
-    middle = (round((a - b) / 2) for a, b in zip(scaled, encoder.size, strict=True))
+    middle = (round((a - b) / 2) for a, b in zip(scaled, how.size(encoder), strict=True))
     framed = Framed(*scaled, how.filter, frame, border, _mean(encoder))
-    return Plan(((framed, Window(*middle, *encoder.size)),))
+    return Plan(((framed, Window(*middle, *how.size(encoder))),))
 
 
 def _patches(size: Size, how: Resize, encoder: Any) -> Plan:
@@ -110,8 +114,8 @@ def _bounds(size: Size, how: Resize, encoder: Any) -> Plan:
 
 def _within(size: Size, how: Resize, encoder: Any) -> Steps:
     """Between the bounds; what is left of the last whole patch is cut off, as the model does."""
-    longest = how.longest or max(encoder.size)
-    shortest = how.shortest or min(encoder.size)
+    longest = how.longest or max(how.size(encoder))
+    shortest = how.shortest or min(how.size(encoder))
     size = _longer_to(size, longest) if max(size) > longest else size
     height, width = (max(side, shortest) for side in size)
     patch = encoder.patch
@@ -149,9 +153,9 @@ def _pinpoints(size: Size, how: Resize, encoder: Any) -> Plan:
     target = best_resolution(size, how.pinpoints)
     fitted = Scale(*_fitted(size, target), how.filter)
     top, left = (-((there - here) // 2) for there, here in zip(target, fitted[:2], strict=True))
-    tiles, cut = _tiles(target, encoder.size)
+    tiles, cut = _tiles(target, how.size(encoder))
     framed = (fitted, Window(top, left, *target))
-    whole = (Scale(*encoder.size, how.filter),)
+    whole = (Scale(*how.size(encoder), how.filter),)
     return Plan((whole, *((*framed, tile) for tile in cut)), tiles)
 
 
@@ -172,7 +176,7 @@ def _tiles(size: Size, tile: Size) -> tuple[Size, list[Window]]:
 
 def _grid(size: Size, how: Resize, encoder: Any) -> Plan:
     """Idefics3's, which resizes twice: to even sides, then to whole tiles."""
-    side = encoder.size[0]
+    side = how.size(encoder)[0]
     height, width = _longer_to(size, how.longest or side)
     first = (height + height % 2, width) if width >= height else (height, width + width % 2)
     first = _below((max(first[0], 1), max(first[1], 1)), _LARGEST)
@@ -187,10 +191,10 @@ def _grid(size: Size, how: Resize, encoder: Any) -> Plan:
         height = multiple(height)
         width = multiple(int(height * ratio))
     steps = (scaled, Scale(height, width, how.filter))
-    tiles, cut = _tiles((height, width), encoder.size)
+    tiles, cut = _tiles((height, width), how.size(encoder))
     if tiles == (1, 1):
         return Plan((steps,))
-    whole = (*steps, Scale(*encoder.size, how.filter))
+    whole = (*steps, Scale(*how.size(encoder), how.filter))
     return Plan((*((*steps, tile) for tile in cut), whole), tiles, whole=len(cut))
 
 
@@ -206,16 +210,16 @@ def _below(size: Size, longest: int) -> Size:
 
 def _whole_and_grid(size: Size, how: Resize, encoder: Any) -> Plan:
     """As nanoVLM's custom_transforms.py, whose whole is made of the resized picture."""
-    side, longest = encoder.size[0], how.longest or max(encoder.size)
+    side, longest = how.size(encoder)[0], how.longest or max(how.size(encoder))
     longer = longest if how.enlarge else min(longest, math.ceil(max(size) / side) * side)
     scale = longer / max(size)
     shorter = max(side, math.ceil(min(size) * scale / side) * side)
     target = (shorter, longer) if size[1] >= size[0] else (longer, shorter)
     scaled = Scale(*target, how.filter)
-    tiles, cut = _tiles(target, encoder.size)
+    tiles, cut = _tiles(target, how.size(encoder))
     if tiles == (1, 1):
         return Plan(((scaled,),))
-    whole = (scaled, Scale(*encoder.size, "bilinear"))
+    whole = (scaled, Scale(*how.size(encoder), "bilinear"))
     return Plan((whole, *((scaled, tile) for tile in cut)), tiles)
 
 

@@ -122,11 +122,17 @@ IDEFICS_2 = Template(
     specials=("<end_of_utterance>", "<fake_token_around_image>"),
 )
 
+# More rows and columns than any recipe cuts; a tokenizer needs those that its pictures have.
+TILES = tuple(f"<row_{row}_col_{column}>" for row in range(1, 10) for column in range(1, 10))
+
 IDEFICS_3 = dataclasses.replace(
     IDEFICS_2,
     image=("<fake_token_around_image><global-img>", "<fake_token_around_image>"),
     image_shared=False,
-    specials=(*IDEFICS_2.specials, "<global-img>"),
+    tile="<fake_token_around_image><row_{row}_col_{column}>",
+    tile_row="\n",
+    after_tiles="\n",
+    specials=(*IDEFICS_2.specials, "<global-img>", *TILES),
 )
 
 TEMPLATES = {
@@ -227,8 +233,9 @@ TEMPLATES = {
         image=("", "\nHuman: "),
         images="turn",
     ),
-    # The chat_template of idefics2-8b, its images as processing_idefics2.py of transformers spells
-    # those that are not split; that only answers are learned is the paper's word (section 4.2).
+    # The chat_template of idefics2-8b, its images, of which four may be quarters of the fifth, as
+    # processing_idefics2.py of transformers spells them; that only answers are learned is the
+    # paper's word (section 4.2).
     "idefics2": IDEFICS_2,
     # Idefics3-8B-Llama3's, likewise.
     "idefics3": IDEFICS_3,
@@ -238,6 +245,15 @@ TEMPLATES = {
         bos=False,
         start="<|im_start|>",
         specials=(*IDEFICS_3.specials, "<|im_start|>"),
+    ),
+    # nanoVLM since its pictures are cut into tiles (models/config.py, data/processors.py). The line
+    # behind an answer's end is learned there too.
+    "nanovlm": dataclasses.replace(
+        CHATML,
+        image=("<|global_image|>", ""),
+        image_number="<image: {}>",
+        tile="<row_{row}_col_{column}>",
+        specials=(*CHATML.specials, "<|global_image|>", *TILES),
     ),
     # PaliGemma: images, <bos>, prefix, end of line, suffix (processing_paligemma.py); that images
     # and prefix see each other is `data.attention`.

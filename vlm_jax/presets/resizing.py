@@ -28,6 +28,8 @@ class Resize:
           "grid" enlarges or reduces the longer side to `longest`, then both sides to multiples of
             the encoder's, and cuts that into tiles; the whole comes last (Idefics3);
           "whole_and_grid" does so in one step, and the whole comes first (nanoVLM).
+      side: of the views, in pixels, before what no patch of the encoder sees is cut off, on the
+        right and below (SigLIP's 384 with patches of 14); 0 = the encoder's size.
       filter: of resampling, "nearest", "bilinear", "bicubic" or "lanczos" as Pillow has them.
       shortest: of "crop" and "bounds", pixels; 0 = the encoder's shorter side.
       longest: of "bounds" and those with tiles, pixels; 0 = the encoder's longer side.
@@ -36,6 +38,7 @@ class Resize:
     """
 
     mode: str = "squash"
+    side: int = 0
     filter: str = "bicubic"
     shortest: int = 0
     longest: int = 0
@@ -55,24 +58,45 @@ class Resize:
         """Whether every picture becomes one view of the encoder's size."""
         return self.mode in self.ONE
 
+    def size(self, encoder: Any) -> tuple[int, int]:
+        """Height and width of a view before anything is cut off."""
+        return (self.side, self.side) if self.side else encoder.size
+
+    def fewest(self, encoder: Any) -> int:
+        """How many views a picture becomes at least."""
+        if self.mode == "quarters":
+            return 5
+        height, width = self.size(encoder)
+        if self.mode == "pinpoints":
+            return 1 + min(down // height * (across // width) for down, across in self.pinpoints)
+        if self.mode == "grid" or (self.mode == "whole_and_grid" and self.enlarge):
+            tiles = max(1, self.longest // height)
+            return tiles + (tiles > 1)
+        return 1
+
     def problems(self, encoder: Any) -> Iterator[tuple[str, str]]:
         """Fields that contradict others or the encoder, each with what was expected."""
-        height, width = encoder.size
-        room = getattr(encoder, "max_patches", 0)
+        height, width = self.size(encoder)
+        patch = getattr(encoder, "patch", 1)
+        if self.mode in self.NATIVE and not getattr(encoder, "max_patches", 0):
+            yield "mode", "another one where max_patches is not set"
         if self.mode not in ("squash", "pinpoints", *self.NATIVE) and height != width:
             yield "mode", "another one for an encoder whose images are no squares"
-        if self.mode in self.NATIVE and not room:
-            yield "mode", "another one where max_patches is not set"
+        if self.side and (
+            self.mode in self.NATIVE
+            or any(not 0 <= self.side - side < patch for side in encoder.size)
+        ):
+            yield "side", f"0, or less than a patch above the encoder's {encoder.size} pixels"
         if self.mode == "crop" and 0 < self.shortest < height:
             yield "shortest", f"at least the encoder's {height} pixels"
         if self.mode in ("bounds", "quarters"):
             yield from self._bounds(encoder)
         if self.mode in ("grid", "whole_and_grid") and self.longest % height:
-            yield "longest", f"a multiple of the encoder's {height} pixels"
+            yield "longest", f"a multiple of the views' {height} pixels"
         if (self.mode == "pinpoints") != bool(self.pinpoints):
             yield "pinpoints", "heights and widths for this mode, and none for others"
         if any(down % height or across % width for down, across in self.pinpoints):
-            yield "pinpoints", f"multiples of the encoder's {height} x {width} pixels"
+            yield "pinpoints", f"multiples of the views' {height} x {width} pixels"
 
     def _bounds(self, encoder: Any) -> Iterator[tuple[str, str]]:
         patch, room = encoder.patch, encoder.max_patches
