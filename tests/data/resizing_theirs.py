@@ -49,6 +49,10 @@ def _last(views) -> list[np.ndarray]:
     return [np.moveaxis(view, 0, -1) for view in views]
 
 
+def _seen(made, side: int):
+    return lambda picture: [view[:side, :side] for view in made(picture)]
+
+
 def _tiled(module: str, name: str, **options):
     made = processor(module, name, **options)
     return lambda picture: _last(made(picture, return_tensors="np")["pixel_values"][0])
@@ -163,7 +167,7 @@ def table(patch: int = 2) -> dict[str, Row]:
     longest, shortest = 8 * patch, 3 * patch - 1
     fixed = lambda mode, **fields: encoder(side, Resize(mode, **fields), patch)  # noqa: E731
     native = lambda mode, room, **fields: encoder(  # noqa: E731
-        longest, Resize(mode, "bilinear", **fields), patch, room
+        longest, Resize(mode, filter="bilinear", **fields), patch, room
     )
     bounds = {"size": {"shortest_edge": shortest, "longest_edge": longest}}
     pinpoints = tuple((side * down, side * across) for down, across in PINPOINTS)
@@ -171,6 +175,11 @@ def table(patch: int = 2) -> dict[str, Row]:
         "siglip": Row(
             fixed("squash"),
             lambda: _plain("siglip", "SiglipImageProcessorPil", size=square(side)),
+        ),
+        # Of patches that do not divide it, the last pixels are not seen.
+        "siglip_384": Row(
+            fixed("squash", side=side + 1),
+            lambda: _seen(_plain("siglip", "SiglipImageProcessorPil", size=square(side + 1)), side),
         ),
         "clip": Row(fixed("crop"), lambda: _cropped("clip", "CLIPImageProcessorPil", side)),
         "dinov2": Row(
