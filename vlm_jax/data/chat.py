@@ -1,76 +1,17 @@
-"""A conversation under a chat template becomes tokens and their loss weights in one pass.
+"""A conversation under a chat template becomes tokens and their loss weights in one pass."""
 
-Text between two images or special tokens is encoded as one piece, as the published recipes do, and
-a token is learned if the character at which it starts is: there is no second tokenisation whose
-lengths could disagree with the first.
-"""
-
-import bisect
 import dataclasses
 import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
-
-import numpy as np
-from jaxtyping import Float, Int
 
 from vlm_jax.data import layout
 from vlm_jax.data.example import ImageRef, Part, Turn
-from vlm_jax.data.layout import Layout, Stretch
+from vlm_jax.data.layout import Layout
+from vlm_jax.data.pieces import Made, Piece, Rendered, Text, View, joined
 from vlm_jax.data.templates import Template
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.errors import DataError
-
-
-class ImageSpan(NamedTuple):
-    """Where an image of the batch begins: `start` in the tokens, `index` in the example."""
-
-    start: int
-    index: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Rendered:
-    """A conversation as the decoder reads it.
-
-    Attributes:
-      tokens: the placeholder id stands where a visual token will.
-      loss_weights: 1 on answers and their ends, 0 elsewhere.
-      image_spans: one for every image of the batch, in reading order.
-      visual_index: which visual token stands there, counted from the conversation's first; -1 =
-        none.
-      image_index: the last image at or before each token; -1 = none.
-    """
-
-    tokens: Int[np.ndarray, " T"]
-    loss_weights: Float[np.ndarray, " T"]
-    image_spans: tuple[ImageSpan, ...]
-    visual_index: Int[np.ndarray, " T"]
-    image_index: Int[np.ndarray, " T"]
-
-
-@dataclasses.dataclass(frozen=True)
-class _View(ImageRef):
-    """A stretch of a picture, the first one or a later.
-
-    Attributes:
-      stretch: its place.
-      layout: of the picture.
-      first: whether the picture begins here.
-      number: of the picture in the conversation; None = it is the only one.
-    """
-
-    stretch: Stretch
-    layout: Layout
-    first: bool
-    number: int | None
-
-
-class _Piece(NamedTuple):
-    value: str | int | _View  # text, a token id, or a stretch of a picture
-    learned: bool = False
-    apart: bool = False  # from the text before it
 
 
 def render(
@@ -97,11 +38,11 @@ def render(
     """
     alike = layout.whole(pictures) if isinstance(pictures, int) else None
     turns = _laid_out(turns, pictures if alike is None else lambda _: alike)
-    made = _Made()
-    for piece in _joined(_pieces(template, tokenizer, turns, reply)):
-        if isinstance(piece, _Text):
+    made = Made()
+    for piece in joined(_pieces(template, tokenizer, turns, reply)):
+        if isinstance(piece, Text):
             made.add(*piece.encode(tokenizer))
-        elif isinstance(piece.value, _View):
+        elif isinstance(piece.value, View):
             made.see(piece.value, tokenizer.image)
         else:
             made.add([piece.value], [float(piece.learned)])
@@ -118,7 +59,7 @@ def _laid_out(turns: Sequence[Turn], pictures: Callable[[int], Layout]) -> list[
             return [part]
         found, number = pictures(part.index), next(numbers)
         return [
-            _View(part.index, stretch, found, n == 0, number if count > 1 else None)
+            View(part.index, stretch, found, n == 0, number if count > 1 else None)
             for n, stretch in enumerate(found.stretches)
         ]
 
@@ -126,54 +67,13 @@ def _laid_out(turns: Sequence[Turn], pictures: Callable[[int], Layout]) -> list[
     return [dataclasses.replace(turn, parts=split(turn)) for turn in turns]
 
 
-class _Made:
-    """A conversation as far as it is rendered."""
-
-    def __init__(self):
-        self.tokens: list[int] = []
-        self.weights: list[float] = []
-        self.visual: list[int] = []
-        self.image: list[int] = []
-        self.spans: list[ImageSpan] = []
-        self.images = 0  # before the current picture
-
-    def add(self, ids: Sequence[int], weights: Sequence[float]) -> None:
-        self.tokens += ids
-        self.weights += weights
-        self.visual += [-1] * len(ids)
-        self.image += [-1] * len(ids)
-
-    def see(self, view: _View, placeholder: int) -> None:
-        stretch, per_image = view.stretch, view.layout.visual_tokens
-        if view.first:
-            self.images = len(self.spans)
-        before, start = self.images, len(self.tokens)
-        self.add([placeholder] * len(stretch.visual), [0.0] * len(stretch.visual))
-        there = np.where(stretch.visual >= 0, stretch.visual + before * per_image, -1)
-        self.visual[start:] = there.tolist()
-        self.image[start:] = (stretch.image + before).tolist()
-        for image, at in zip(*np.unique(stretch.image, return_index=True), strict=True):
-            if before + image == len(self.spans):
-                self.spans.append(ImageSpan(start + int(at), view.index))
-
-    def rendered(self) -> Rendered:
-        image = np.array(self.image, np.int32)
-        return Rendered(
-            tokens=np.array(self.tokens, np.int32),
-            loss_weights=np.array(self.weights, np.float32),
-            image_spans=tuple(self.spans),
-            visual_index=np.array(self.visual, np.int32),
-            image_index=np.maximum.accumulate(image) if len(image) else image,
-        )
-
-
 def end_tokens(template: Template, tokenizer: Tokenizer) -> list[int]:
     """The ids after which an answer is complete."""
     if template.eos:
         return [tokenizer.eos]
     # Behind a letter, because "###" is another token at the start of a text (LLaMA's tokenizer).
-    *_, end = _joined(_literal(template, tokenizer, "x" + template.answer[1]))
-    if not isinstance(end, _Text):
+    *_, end = joined(_literal(template, tokenizer, "x" + template.answer[1]))
+    if not isinstance(end, Text):
         return [end.value]
     return tokenizer.encode(end.text)[len(tokenizer.encode("x")) :]
 
@@ -185,14 +85,14 @@ def end_token(template: Template, tokenizer: Tokenizer) -> int:
 
 def _pieces(
     template: Template, tokenizer: Tokenizer, turns: Sequence[Turn], reply: bool
-) -> Iterator[_Piece]:
+) -> Iterator[Piece]:
     """The conversation from left to right."""
     moved = [part for turn in turns for part in turn.parts if isinstance(part, ImageRef)]
     system, turns = _system(template, tokenizer, turns)
     if template.images == "front":
         yield from _framed(template, tokenizer, moved)
     if template.bos:
-        yield _Piece(tokenizer.bos)
+        yield Piece(tokenizer.bos)
     if template.images == "document":
         yield from _framed(template, tokenizer, moved)
     yield from _literal(template, tokenizer, template.start)
@@ -202,7 +102,7 @@ def _pieces(
     for turn in turns:
         if turn.role == "user":
             if template.bos_again and not first:
-                yield _Piece(tokenizer.bos)
+                yield Piece(tokenizer.bos)
             yield from _literal(template, tokenizer, template.user[0])
             if template.system_in_user and first:
                 yield from system
@@ -218,12 +118,12 @@ def _pieces(
     if reply:
         yield from _literal(template, tokenizer, template.assistant)
     elif template.last_eos:
-        yield _Piece(tokenizer.eos, learned=True)
+        yield Piece(tokenizer.eos, learned=True)
 
 
 def _system(
     template: Template, tokenizer: Tokenizer, turns: Sequence[Turn]
-) -> tuple[list[_Piece], Sequence[Turn]]:
+) -> tuple[list[Piece], Sequence[Turn]]:
     """The system text in its frame, the sample's own or the template's, and the other turns."""
     if template.system is None:
         return [], turns
@@ -235,37 +135,37 @@ def _system(
     return before + said + after if said else [], turns
 
 
-def _asked(template: Template, tokenizer: Tokenizer, turn: Turn) -> Iterator[_Piece]:
+def _asked(template: Template, tokenizer: Tokenizer, turn: Turn) -> Iterator[Piece]:
     if not isinstance(next(iter(turn.parts), ""), ImageRef):
         yield from _literal(template, tokenizer, template.user_lead)
     yield from _said(template, tokenizer, turn)
     yield from _literal(template, tokenizer, template.user[1])
 
 
-def _answered(template: Template, tokenizer: Tokenizer, turn: Turn) -> Iterator[_Piece]:
+def _answered(template: Template, tokenizer: Tokenizer, turn: Turn) -> Iterator[Piece]:
     yield from _literal(template, tokenizer, template.assistant)
-    yield _Piece(template.answer[0], learned=True, apart=template.apart)
+    yield Piece(template.answer[0], learned=True, apart=template.apart)
     yield from _said(template, tokenizer, turn, learned=True)
     yield from _literal(template, tokenizer, template.answer[1], learned=True)
     if template.eos:
-        yield _Piece(tokenizer.eos, learned=True)
+        yield Piece(tokenizer.eos, learned=True)
     yield from _literal(template, tokenizer, template.after)
 
 
 def _literal(
     template: Template, tokenizer: Tokenizer, text: str, learned: bool = False
-) -> Iterator[_Piece]:
+) -> Iterator[Piece]:
     """The template's own text, in which its special tokens are tokens."""
     if not template.specials:
-        yield _Piece(text, learned)
+        yield Piece(text, learned)
         return
     for part in re.split("(" + "|".join(map(re.escape, template.specials)) + ")", text):
-        yield _Piece(tokenizer.special(part) if part in template.specials else part, learned)
+        yield Piece(tokenizer.special(part) if part in template.specials else part, learned)
 
 
 def _said(
     template: Template, tokenizer: Tokenizer, turn: Turn, learned: bool = False
-) -> Iterator[_Piece]:
+) -> Iterator[Piece]:
     """What a role says, images in their frames."""
     parts = list(turn.parts)
     pictures = [part for part in parts if isinstance(part, ImageRef)]
@@ -293,22 +193,22 @@ def _stripped(parts: Sequence[Part]) -> list[Part]:
 
 def _framed(
     template: Template, tokenizer: Tokenizer, parts: Sequence[Part], learned: bool = False
-) -> Iterator[_Piece]:
+) -> Iterator[Piece]:
     """Text as it is, images in their frames."""
     last = None
     for part in parts:
-        if isinstance(part, _View):
-            shared = template.image_shared and isinstance(last, _View)
+        if isinstance(part, View):
+            shared = template.image_shared and isinstance(last, View)
             before, after = _around(template, part, shared)
             yield from _literal(template, tokenizer, before)
-            yield _Piece(part)
+            yield Piece(part)
             yield from _literal(template, tokenizer, after)
         else:
-            yield _Piece(part, learned)
+            yield Piece(part, learned)
         last = part
 
 
-def _around(template: Template, view: _View, shared: bool) -> tuple[str, str]:
+def _around(template: Template, view: View, shared: bool) -> tuple[str, str]:
     """Text before and after a stretch of a picture."""
     stretch = view.stretch
     numbered = view.first and view.number is not None
@@ -320,34 +220,3 @@ def _around(template: Template, view: _View, shared: bool) -> tuple[str, str]:
     start += template.after_tiles if template.tile and stretch.behind else ""
     before, after = template.image
     return start + ("" if shared else before), after
-
-
-class _Text:
-    """Neighbouring texts, encoded together."""
-
-    def __init__(self):
-        self.text, self.starts, self.learned = "", [], []
-
-    def add(self, piece: _Piece):
-        self.starts.append(len(self.text))
-        self.learned.append(float(piece.learned))
-        self.text += piece.value
-
-    def encode(self, tokenizer: Tokenizer) -> tuple[list[int], list[float]]:
-        ids, starts = tokenizer.encode_with_starts(self.text)
-        return ids, [self.learned[bisect.bisect_right(self.starts, at) - 1] for at in starts]
-
-
-def _joined(pieces: Iterator[_Piece]) -> Iterator[_Piece | _Text]:
-    """Pieces with neighbouring texts joined, empty ones dropped."""
-    text = _Text()
-    for piece in pieces:
-        if text.text and (piece.apart or not isinstance(piece.value, str)):
-            yield text
-            text = _Text()
-        if not isinstance(piece.value, str):
-            yield piece
-        elif piece.value:
-            text.add(piece)
-    if text.text:
-        yield text

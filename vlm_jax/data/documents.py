@@ -2,19 +2,17 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
-from PIL.Image import Image as PilImage
 
-from vlm_jax.config import Augment, Config
-from vlm_jax.data import chat, images, layout, templates
+from vlm_jax.config import Config
+from vlm_jax.data import chat, images, templates
 from vlm_jax.data import tokenizer as tokenizers
 from vlm_jax.data.example import Example, Image, ImageRef, Turn
 from vlm_jax.data.images import Views
-from vlm_jax.data.layout import Layout
-from vlm_jax.data.steps import Plan, Size
+from vlm_jax.data.pictures import Pictures
+from vlm_jax.data.pieces import Rendered
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.errors import DataError
 
@@ -125,8 +123,8 @@ def prompt_document(
 
 
 def render(
-    turns: Sequence[Turn], pictures: "Pictures", tokenizer: Tokenizer, reply: bool = False
-) -> chat.Rendered:
+    turns: Sequence[Turn], pictures: Pictures, tokenizer: Tokenizer, reply: bool = False
+) -> Rendered:
     """Tokens and loss weights of a conversation under the config's template, without pixels."""
     data = pictures.config.data
     if not data.images:
@@ -135,87 +133,8 @@ def render(
     return chat.render(template, tokenizer, turns, pictures.layout, reply)
 
 
-class Pictures:
-    """The pictures of a sample: how each stands in the sequence, from its header, then its pixels.
-
-    Args:
-      given: encoded, or files.
-      config: its encoders' resize modes decide how many images a picture is.
-      augment: random changes; None = evaluation, which changes nothing.
-      rng: where they are drawn from.
-    """
-
-    def __init__(
-        self,
-        given: Sequence[Image],
-        config: Config,
-        augment: Augment | None = None,
-        rng: np.random.Generator | None = None,
-    ):
-        self.config = config
-        self._given, self._change = given, (augment, rng)
-        self._plans: dict[int, _Planned] = {}
-
-    def layout(self, index: int) -> Layout:
-        """How the picture stands in the sequence; one that cannot be used has a place too."""
-        model = self.config.model
-        return layout.alike(model) or layout.layout(self._plan(index).plans[0], model)
-
-    def shown(self, rendered: chat.Rendered) -> list[int]:
-        """Which pictures are shown, in reading order; one may be shown again."""
-        found, spans = [], list(rendered.image_spans)
-        while spans:
-            found.append(spans[0].index)
-            del spans[: self.layout(spans[0].index).images]
-        return found
-
-    def see(self, index: int) -> tuple[Views, ...]:
-        """The views of the picture for each encoder.
-
-        Raises:
-          BadImage: it cannot be used.
-        """
-        made = self._plan(index)
-        if made.header is None:
-            raise made.bad
-        picture = images.picture(made.header)
-        if (picture.height, picture.width) != made.size:
-            size = f"{picture.height} x {picture.width}"
-            raise images.BadImage("corrupt", f"{size} pixels, not as the header says: {made.size}")
-        return images.see(picture, made.plans, self.config.model.encoders, *self._change)
-
-    def blank(self, index: int) -> tuple[Views, ...]:
-        """Views of the same sizes without content."""
-        return tuple(
-            tuple(np.zeros((*size, 3), np.float32) for size in plan.sizes)
-            for plan in self._plan(index).plans
-        )
-
-    def _plan(self, index: int) -> "_Planned":
-        """A picture without a readable header is planned as if it had the encoder's size."""
-        if index in self._plans:
-            return self._plans[index]
-        encoders = self.config.model.encoders
-        header, size, bad = None, encoders[0].size, None
-        try:
-            header = images.opened(_at(self._given, index))
-            size = images.size(header)
-        except images.BadImage as error:
-            bad = error
-        found = _Planned(header, size, bad, images.plans(size, encoders, *self._change))
-        self._plans[index] = found
-        return found
-
-
-class _Planned(NamedTuple):
-    header: PilImage | None
-    size: Size
-    bad: images.BadImage | None
-    plans: tuple[Plan, ...]
-
-
 _NONE = np.zeros(0, np.int32)
-_EMPTY = chat.Rendered(_NONE, np.zeros(0, np.float32), (), _NONE, _NONE)
+_EMPTY = Rendered(_NONE, np.zeros(0, np.float32), (), _NONE, _NONE)
 
 
 def _words(turn: Turn) -> tuple[str, ...]:
@@ -223,7 +142,7 @@ def _words(turn: Turn) -> tuple[str, ...]:
 
 
 def _second_texts(
-    example: Example, rendered: chat.Rendered, pictures: Pictures, tokenizer: Tokenizer
+    example: Example, rendered: Rendered, pictures: Pictures, tokenizer: Tokenizer
 ) -> list[list[int]]:
     """Ids of the second text of each image: its own, or what is asked in the turn it stands in."""
     config = pictures.config
@@ -243,7 +162,7 @@ def _second_texts(
     return found
 
 
-def _too_long(rendered: chat.Rendered, texts: list[list[int]], config: Config) -> str:
+def _too_long(rendered: Rendered, texts: list[list[int]], config: Config) -> str:
     if len(rendered.tokens) > config.data.tokens:
         return "too_many_tokens"
     if len(rendered.image_spans) > config.data.images_per_row:
@@ -253,15 +172,9 @@ def _too_long(rendered: chat.Rendered, texts: list[list[int]], config: Config) -
     return ""
 
 
-def _at(pictures: Sequence[Image], index: int) -> Image:
-    if not 0 <= index < len(pictures):
-        raise images.BadImage("no_such_image", f"{index} of {len(pictures)}")
-    return pictures[index]
-
-
 def _build(
     example: Example,
-    rendered: chat.Rendered,
+    rendered: Rendered,
     config: Config,
     second_texts: Sequence[Sequence[int]],
     pictures: Sequence[tuple[Views, ...]],

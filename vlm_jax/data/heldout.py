@@ -19,6 +19,7 @@ from vlm_jax.data import documents, packing, sources
 from vlm_jax.data import tokenizer as tokenizers
 from vlm_jax.data.example import BadExample, Example, Image, ImageRef, Turn
 from vlm_jax.data.packing import Info
+from vlm_jax.data.pictures import Pictures
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.errors import ConfigError, DataError
 
@@ -76,7 +77,7 @@ def eval_batches(
     for example in examples:
         # What the template has no place for becomes an empty row, which is counted.
         with contextlib.suppress(DataError):
-            pictures = documents.Pictures(example.images, config)
+            pictures = Pictures(example.images, config)
             rendered.append(documents.render(example.turns, pictures, tokenizer))
     shape = _one_per_row(config, tokenizer, rendered)
     for part in _chunks(examples, shape.rows):
@@ -139,7 +140,7 @@ def prompt_batches(config: Config, prompts: Iterable[Prompt]) -> Iterator[Batch]
       DataError: a picture cannot be used, or a prompt is too long.
     """
     prompts, tokenizer = list(prompts), tokenizers.for_config(config)
-    shown = [documents.Pictures(prompt.images, config) for prompt in prompts]
+    shown = [Pictures(prompt.images, config) for prompt in prompts]
     rendered = [
         documents.render(prompt.turns, pictures, tokenizer, reply=True)
         for prompt, pictures in zip(prompts, shown, strict=True)

@@ -24,24 +24,24 @@ def plan(size: Size, encoder: Any) -> Plan:
         are read.
     """
     how = encoder.resize
-    made = _MODES[how.mode](size, how, encoder)._replace(size=size)
+    made = _MODES[how.mode](size, how.size(encoder), how, encoder)._replace(size=size)
     if how.side:
         seen = Window(0, 0, *encoder.size)
         made = made._replace(views=tuple((*steps, seen) for steps in made.views))
     return made
 
 
-def _squash(size: Size, how: Resize, encoder: Any) -> Plan:
-    return Plan(((Scale(*how.size(encoder), how.filter),),))
+def _squash(size: Size, view: Size, how: Resize, encoder: Any) -> Plan:
+    return Plan(((Scale(*view, how.filter),),))
 
 
-def _crop(size: Size, how: Resize, encoder: Any) -> Plan:
+def _crop(size: Size, view: Size, how: Resize, encoder: Any) -> Plan:
     """The middle is rounded as transformers' processors do."""
-    scaled = _shorter_to(size, how.shortest or min(how.size(encoder)))
-    top, left = ((there - here) // 2 for there, here in zip(scaled, how.size(encoder), strict=True))
+    scaled = _shorter_to(size, how.shortest or min(view))
+    top, left = ((there - here) // 2 for there, here in zip(scaled, view, strict=True))
     if math.prod(scaled) > LARGE:
-        return Plan(((_cut(size, scaled, (top, left), how.size(encoder), how.filter),),))
-    return Plan(((Scale(*scaled, how.filter), Window(top, left, *how.size(encoder))),))
+        return Plan(((_cut(size, scaled, (top, left), view, how.filter),),))
+    return Plan(((Scale(*scaled, how.filter), Window(top, left, *view)),))
 
 
 def _cut(size: Size, scaled: Size, corner: tuple[int, int], cut: Size, filter: str) -> Scale:
@@ -60,10 +60,10 @@ def _shorter_to(size: Size, length: int) -> Size:
     return (longer, length) if height > width else (length, longer)
 
 
-def _pad(size: Size, how: Resize, encoder: Any) -> Plan:
+def _pad(size: Size, view: Size, how: Resize, encoder: Any) -> Plan:
     side = max(size)
     corner = (side - size[0]) // 2, (side - size[1]) // 2
-    return Plan(((Framed(*how.size(encoder), how.filter, (side, side), corner, _mean(encoder)),),))
+    return Plan(((Framed(*view, how.filter, (side, side), corner, _mean(encoder)),),))
 
 
 def _mean(encoder: Any) -> tuple[int, int, int]:
@@ -72,19 +72,19 @@ def _mean(encoder: Any) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def _letterbox(size: Size, how: Resize, encoder: Any) -> Plan:
+def _letterbox(size: Size, view: Size, how: Resize, encoder: Any) -> Plan:
     """As LetterboxPad and what timm does after it (prismatic's base_vision.py)."""
     side = max(size)
     border = ((side - size[0]) // 2, (side - size[1]) // 2)
     frame = (size[0] + 2 * border[0], size[1] + 2 * border[1])
-    scaled = _shorter_to(frame, min(how.size(encoder)))
+    scaled = _shorter_to(frame, min(view))
     # Half a pixel is rounded to the even side (torchvision's center_crop).
-    middle = (round((a - b) / 2) for a, b in zip(scaled, how.size(encoder), strict=True))
+    middle = (round((a - b) / 2) for a, b in zip(scaled, view, strict=True))
     framed = Framed(*scaled, how.filter, frame, border, _mean(encoder))
-    return Plan(((framed, Window(*middle, *how.size(encoder))),))
+    return Plan(((framed, Window(*middle, *view)),))
 
 
-def _patches(size: Size, how: Resize, encoder: Any) -> Plan:
+def _patches(size: Size, view: Size, how: Resize, encoder: Any) -> Plan:
     """Bisects for the largest scale; that it stops at 1e-5 is part of the published result."""
     patch, room = encoder.patch, encoder.max_patches
 
@@ -100,7 +100,7 @@ def _patches(size: Size, how: Resize, encoder: Any) -> Plan:
     return Plan(((Scale(rows * patch, columns * patch, how.filter),),))
 
 
-def _whole_patches(size: Size, how: Resize, encoder: Any) -> Plan:
+def _whole_patches(size: Size, view: Size, how: Resize, encoder: Any) -> Plan:
     patch, room = encoder.patch, encoder.max_patches
     height, width = size
     scale = math.sqrt(room * (patch / height) * (patch / width))
@@ -108,14 +108,14 @@ def _whole_patches(size: Size, how: Resize, encoder: Any) -> Plan:
     return Plan(((Scale(rows * patch, columns * patch, how.filter),),))
 
 
-def _bounds(size: Size, how: Resize, encoder: Any) -> Plan:
-    return Plan((_within(size, how, encoder),))
+def _bounds(size: Size, view: Size, how: Resize, encoder: Any) -> Plan:
+    return Plan((_within(size, view, how, encoder),))
 
 
-def _within(size: Size, how: Resize, encoder: Any) -> Steps:
+def _within(size: Size, view: Size, how: Resize, encoder: Any) -> Steps:
     """Between the bounds; what is left of the last whole patch is cut off, as the model does."""
-    longest = how.longest or max(how.size(encoder))
-    shortest = how.shortest or min(how.size(encoder))
+    longest = how.longest or max(view)
+    shortest = how.shortest or min(view)
     size = _longer_to(size, longest) if max(size) > longest else size
     height, width = (max(side, shortest) for side in size)
     patch = encoder.patch
@@ -133,14 +133,14 @@ def _longer_to(size: Size, length: int) -> Size:
     return length, int(length * ratio)
 
 
-def _quarters(size: Size, how: Resize, encoder: Any) -> Plan:
+def _quarters(size: Size, view: Size, how: Resize, encoder: Any) -> Plan:
     """Of a picture of one pixel a side, no quarter is left empty."""
     height, width = size
     rows = _halves(height)
     columns = _halves(width)
     parts = [Window(top, left, h, w) for (top, h), (left, w) in itertools.product(rows, columns)]
-    quarters = [(part, *_within(part[2:4], how, encoder)) for part in parts]
-    return Plan((*quarters, _within(size, how, encoder)), (2, 2), whole=4)
+    quarters = [(part, *_within(part[2:4], view, how, encoder)) for part in parts]
+    return Plan((*quarters, _within(size, view, how, encoder)), (2, 2), whole=4)
 
 
 def _halves(length: int) -> Sequence[tuple[int, int]]:
@@ -149,13 +149,13 @@ def _halves(length: int) -> Sequence[tuple[int, int]]:
     return (0, max(half, 1)), (half, length - half)
 
 
-def _pinpoints(size: Size, how: Resize, encoder: Any) -> Plan:
+def _pinpoints(size: Size, view: Size, how: Resize, encoder: Any) -> Plan:
     target = best_resolution(size, how.pinpoints)
     fitted = Scale(*_fitted(size, target), how.filter)
     top, left = (-((there - here) // 2) for there, here in zip(target, fitted[:2], strict=True))
-    tiles, cut = _tiles(target, how.size(encoder))
+    tiles, cut = _tiles(target, view)
     framed = (fitted, Window(top, left, *target))
-    whole = (Scale(*how.size(encoder), how.filter),)
+    whole = (Scale(*view, how.filter),)
     return Plan((whole, *((*framed, tile) for tile in cut)), tiles)
 
 
@@ -174,9 +174,9 @@ def _tiles(size: Size, tile: Size) -> tuple[Size, list[Window]]:
     return (height // h, width // w), cut
 
 
-def _grid(size: Size, how: Resize, encoder: Any) -> Plan:
+def _grid(size: Size, view: Size, how: Resize, encoder: Any) -> Plan:
     """Idefics3's, which resizes twice: to even sides, then to whole tiles."""
-    side = how.size(encoder)[0]
+    side = view[0]
     height, width = _longer_to(size, how.longest or side)
     first = (height + height % 2, width) if width >= height else (height, width + width % 2)
     first = _below((max(first[0], 1), max(first[1], 1)), _LARGEST)
@@ -191,10 +191,10 @@ def _grid(size: Size, how: Resize, encoder: Any) -> Plan:
         height = multiple(height)
         width = multiple(int(height * ratio))
     steps = (scaled, Scale(height, width, how.filter))
-    tiles, cut = _tiles((height, width), how.size(encoder))
+    tiles, cut = _tiles((height, width), view)
     if tiles == (1, 1):
         return Plan((steps,))
-    whole = (*steps, Scale(*how.size(encoder), how.filter))
+    whole = (*steps, Scale(*view, how.filter))
     return Plan((*((*steps, tile) for tile in cut), whole), tiles, whole=len(cut))
 
 
@@ -208,22 +208,22 @@ def _below(size: Size, longest: int) -> Size:
     return max(height, 1), max(width, 1)
 
 
-def _whole_and_grid(size: Size, how: Resize, encoder: Any) -> Plan:
+def _whole_and_grid(size: Size, view: Size, how: Resize, encoder: Any) -> Plan:
     """As nanoVLM's custom_transforms.py, whose whole is made of the resized picture."""
-    side, longest = how.size(encoder)[0], how.longest or max(how.size(encoder))
+    side, longest = view[0], how.longest or max(view)
     longer = longest if how.enlarge else min(longest, math.ceil(max(size) / side) * side)
     scale = longer / max(size)
     shorter = max(side, math.ceil(min(size) * scale / side) * side)
     target = (shorter, longer) if size[1] >= size[0] else (longer, shorter)
     scaled = Scale(*target, how.filter)
-    tiles, cut = _tiles(target, how.size(encoder))
+    tiles, cut = _tiles(target, view)
     if tiles == (1, 1):
         return Plan(((scaled,),))
-    whole = (scaled, Scale(*how.size(encoder), "bilinear"))
+    whole = (scaled, Scale(*view, "bilinear"))
     return Plan((whole, *((scaled, tile) for tile in cut)), tiles)
 
 
-_MODES: dict[str, Callable[[Size, Resize, Any], Plan]] = {
+_MODES: dict[str, Callable[[Size, Size, Resize, Any], Plan]] = {
     "squash": _squash,
     "crop": _crop,
     "pad": _pad,
