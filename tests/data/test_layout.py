@@ -12,7 +12,7 @@ from resizing_theirs import CLIP_MEAN, PINPOINTS, picture, processor
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from vlm_jax import config as c
-from vlm_jax.data import documents, packing, templates, tokenizer
+from vlm_jax.data import documents, packing, pipeline, templates, tokenizer
 from vlm_jax.data.example import Example, ImageRef, Turn
 from vlm_jax.errors import ConfigError, DataError
 from vlm_jax.presets.connectors import Connector
@@ -249,6 +249,14 @@ def test_up_scaling_is_drawn_before_a_picture_is_cut(folder):
         np.testing.assert_array_equal(document.pixels, again.pixels)
         counts.add(len(document.pixels))
     assert counts == {5, 10}  # 2 x 2 and 3 x 3 tiles and the whole
+
+
+def test_a_position_of_another_resize_mode_is_refused(small, spoiled):
+    state = pipeline.train_stream(small()).get_state()
+    cropped = small(encoder={"resize": Resize("crop")})
+    assert pipeline.train_stream(cropped).get_state() != state
+    with pytest.raises(ConfigError, match="resize"):
+        pipeline.train_stream(cropped).set_state(state)
 
 
 BAD = (

@@ -147,3 +147,23 @@ def test_up_scaling_enlarges_small_pictures_only_and_keeps_their_shape():
     assert augmentation.shown((980, 20), augment, rng) == ()
     assert augmentation.shown((98, 20), Augment(), rng) == ()
     assert rng.bit_generator.state == before
+
+
+def test_views_of_any_size_fit_the_encoder():
+    rng = np.random.default_rng(0)
+    sizes = [tuple(map(int, np.exp(rng.uniform(0, np.log(5000), 2)))) for _ in range(150)]
+    for name, row in table(patch=14).items():
+        encoder, how = row.encoder, row.encoder.resize
+        fewest = how.fewest(encoder)
+        assert min(len(resizing.plan(size, encoder).views) for size in sizes) >= fewest
+        for size in sizes:
+            made = resizing.plan(size, encoder)
+            rows, columns = made.tiles
+            assert len(made.views) == rows * columns + 1 and made.whole in (0, rows * columns)
+            if how.mode not in how.NATIVE:
+                assert set(made.sizes) == {encoder.size}, name
+                continue
+            for height, width in made.sizes:
+                patches = (height // encoder.patch) * (width // encoder.patch)
+                assert height % encoder.patch == width % encoder.patch == 0
+                assert 1 <= patches <= encoder.max_patches, (name, size)
