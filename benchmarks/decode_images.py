@@ -1,4 +1,4 @@
-"""JPEG decoders on the CPU beside `images.decode`: 500 x 375 JPEGs to 384 x 384 RGB.
+"""JPEG decoders on the CPU beside `images.picture`: 500 x 375 JPEGs to 384 x 384 RGB.
 
     python -m benchmarks.decode_images
     python -m benchmarks.decode_images --width 2000 --height 1500 --repeats 20
@@ -28,15 +28,13 @@ Resize = Callable[[np.ndarray, int], np.ndarray]
 
 
 def bicubic(pixels: np.ndarray, size: int) -> np.ndarray:
-    """Pillow's, as `images.fit` calls it; RGBA is premultiplied there."""
+    """Pillow's, as `images.fit` calls it."""
     image = Image.fromarray(pixels)
-    image = image.convert("RGBa") if image.mode == "RGBA" else image
-    image = image.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=3.0)
-    return np.asarray(image)
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
 
 
 def ours(size: int) -> tuple[Decode, Resize]:
-    return images.decode, bicubic
+    return lambda data: np.asarray(images.picture(data)), bicubic
 
 
 def pillow(size: int) -> tuple[Decode, Resize]:
@@ -93,7 +91,7 @@ def pyvips(size: int) -> tuple[Decode, Resize]:
 
 
 SIDES = {
-    "images.decode": ours,
+    "images.picture": ours,
     "Pillow": pillow,
     "Pillow, draft": draft,
     "simplejpeg": simplejpeg,
@@ -129,7 +127,7 @@ def main() -> None:
                 taken[name][0].append(decoded - start)
                 taken[name][1].append(time.process_time() - start)
     median = {name: [1000 * statistics.median(times) for times in taken[name]] for name in sides}
-    base = median["images.decode"][1]
+    base = median["images.picture"][1]
     print(f"{'side':14} {'decode':>7} {'resized':>8} {'ratio':>6}  off: max, mean, resized")
     for name in sorted(sides, key=lambda name: median[name][1]):
         decode, resized = median[name]

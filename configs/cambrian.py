@@ -10,9 +10,11 @@ from vlm_jax import config as c
 from vlm_jax.presets.convnets import convnext
 from vlm_jax.presets.decoders import decoder
 from vlm_jax.presets.encoder_sizes import published
+from vlm_jax.presets.resizing import Resize
 from vlm_jax.presets.sva import CAMBRIAN, CAMBRIAN_SAMPLERS
 
 DECODERS = {"8b": "llama3-8b", "13b": "llama2-13b"}
+PAD_384 = Resize("pad", side=384)
 WORDS = (tuple(DECODERS), ("", "align"))
 
 
@@ -27,11 +29,13 @@ def get_config(variant: str = ""):
     config.name = f"cambrian-{size}"
     common.put(
         config,
-        encoder=published("siglip-so400m14-378"),
+        encoder=published("siglip-so400m14-378", resize=PAD_384),
         extra_encoders=(
-            published("clip-l14-336", layer=-2),
-            published("dinov2-g14", image_size=378),
-            convnext("xxlarge", image_size=1024, taps=(0, 1, 2, 3), resize_to=96),
+            published("clip-l14-336", layer=-2, resize=llava15.PAD),
+            published("dinov2-g14", image_size=378, resize=PAD_384),
+            convnext(
+                "xxlarge", image_size=1024, taps=(0, 1, 2, 3), resize_to=96, resize=llava15.PAD
+            ),
         ),
         connector=CAMBRIAN,
         decoder=decoder(DECODERS[size]),

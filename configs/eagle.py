@@ -11,6 +11,7 @@ from vlm_jax.presets.convnets import convnext
 from vlm_jax.presets.encoder_sizes import published
 from vlm_jax.presets.sam import sam
 
+PAD = llava15.PAD
 WORDS = llava15.WORDS
 
 
@@ -25,12 +26,14 @@ def get_config(variant: str = ""):
     config.name = f"eagle-{size}"
     common.put(
         config,
-        encoder=published("clip-l14-336", image_size=448, position_grid=(24, 24), layer=-2),
+        encoder=published(
+            "clip-l14-336", image_size=448, position_grid=(24, 24), layer=-2, resize=PAD
+        ),
         extra_encoders=(
-            convnext("xxlarge", image_size=1024),
-            sam("L"),
-            published("eva02-clip-l14", patch=16, image_size=1024, class_token=False),
-            published("pix2struct-large", image_size=1024, max_patches=0),
+            convnext("xxlarge", image_size=1024, resize=PAD),
+            sam("L", resize=PAD),
+            published("eva02-clip-l14", patch=16, image_size=1024, class_token=False, resize=PAD),
+            published("pix2struct-large", image_size=1024, max_patches=0, resize=PAD),
         ),
         connector=Connector("mlp", layers=2, resize=(32, 32)),
     )

@@ -10,6 +10,7 @@ from vlm_jax.presets.connectors import resampler
 from vlm_jax.presets.decoders import decoder
 from vlm_jax.presets.encoder_sizes import published
 from vlm_jax.presets.fusion import cross_attention
+from vlm_jax.presets.resizing import SQUASH
 
 WORDS = (("9b",),)
 
@@ -24,7 +25,7 @@ def get_config(variant: str = ""):
     config = common.system(
         f"idefics-{size}",
         c.Model(
-            published("openclip-h14", keep_class=True),
+            published("openclip-h14", keep_class=True, resize=SQUASH),
             resampler("idefics"),
             # <fake_token_around_image> and <image>
             decoder("llama1-7b", added=2),

@@ -1,9 +1,10 @@
 """Idefics2 8B (Laurençon et al. 2024, arXiv 2405.02246): SigLIP-SO400M up to 980 px, a Perceiver to
 64 tokens, Mistral-7B.
 
-Variants: `64` tokens a picture, or `320`, with room for the picture and the four it is cut into;
-data does not cut yet. The recipe trains encoder and decoder by LoRA, which is not here, and full
-training diverged: both are frozen, as in the paper's ablation. Its number of steps is ours.
+Variants: `64` tokens a picture, or `320`, for the picture and the quarters it is cut into. Pictures
+keep their aspect ratio; small ones are enlarged at random. The recipe trains encoder and decoder by
+LoRA, which is not here, and full training diverged: both are frozen, as in the paper's ablation.
+Its number of steps is ours.
 """
 
 from configs import common
@@ -11,7 +12,12 @@ from vlm_jax import config as c
 from vlm_jax.presets.connectors import resampler
 from vlm_jax.presets.decoders import decoder
 from vlm_jax.presets.encoder_sizes import published
+from vlm_jax.presets.resizing import Resize
 
+RESIZE = {
+    mode: Resize(mode, filter="bilinear", shortest=378, longest=980)
+    for mode in ("bounds", "quarters")
+}
 WORDS = (("64", "320"),)
 
 
@@ -25,7 +31,7 @@ def get_config(variant: str = ""):
     config = common.system(
         f"idefics2-{tokens}",
         c.Model(
-            published("idefics2"),
+            published("idefics2", resize=RESIZE["bounds" if tokens == "64" else "quarters"]),
             resampler("idefics2"),
             # <fake_token_around_image>, <image> and <end_of_utterance>
             decoder("mistral-7b", vocab=32_003),
@@ -36,5 +42,6 @@ def get_config(variant: str = ""):
     common.captions(config)
     common.freeze(config, common.ENCODERS, common.DECODER)
     config.data.rows = 2048
+    config.data.augment.upscale = (378, 980)
     config.train.update(steps=40_000, lr=1e-4, warmup_steps=2000, weight_decay=0.1)
     return config

@@ -1,9 +1,9 @@
 """Idefics3 8B (Laurençon et al. 2024, arXiv 2408.12637): SigLIP-SO400M at 364 px, pixel shuffle and
 one linear layer, Llama 3.1 8B.
 
-Its tiles of larger pictures are left to data, which makes none yet; LoRA is not here: all of it
-trains. Rate, batch and warm-up are the m4 trainer's for SmolVLM, which then falls linearly, not as
-a cosine.
+A picture is enlarged to 1456 px, cut into up to 16 tiles, and seen as a whole. LoRA is not here:
+all of it trains. Rate, batch and warm-up are the m4 trainer's for SmolVLM, which then falls
+linearly, not as a cosine.
 """
 
 from configs import common
@@ -11,6 +11,7 @@ from vlm_jax import config as c
 from vlm_jax.presets.connectors import Connector
 from vlm_jax.presets.decoders import decoder
 from vlm_jax.presets.encoders import vit
+from vlm_jax.presets.resizing import Resize
 
 WORDS = (("8b",),)
 
@@ -25,12 +26,18 @@ def get_config(variant: str = ""):
     config = common.system(
         f"idefics3-{size}",
         c.Model(
-            vit("So400m/14", image_size=364),
+            vit("So400m/14", image_size=364, resize=tiles(364)),
             Connector("linear", pool="shuffle", factor=2, bias=False),
             decoder("llama3.1-8b", vocab=128_259),
         ),
-        tokens=2048,
+        tokens=4096,
         rows=2048,
+        images_per_row=17,
     )
     config.train.update(steps=6000, lr=1e-4, warmup_steps=2000, weight_decay=0.1)
     return config
+
+
+def tiles(side: int) -> Resize:
+    """Up to 4 x 4 tiles of so many pixels, and the whole picture."""
+    return Resize("grid", side=side, filter="lanczos", longest=4 * side)

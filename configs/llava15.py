@@ -7,11 +7,15 @@ Variants: `7b` or `13b`; with `align` the first stage, which trains the projecto
 
 from configs import common
 from vlm_jax import config as c
+from vlm_jax import schema
 from vlm_jax.presets.connectors import Connector
 from vlm_jax.presets.decoders import decoder
 from vlm_jax.presets.encoder_sizes import published
+from vlm_jax.presets.resizing import Resize
 
 WORDS = (("7b", "13b"), ("", "align"))
+# `image_aspect_ratio` of the scripts: "pad" in the second stage, by default a crop in the first.
+PAD, CROP = Resize("pad"), Resize("crop")
 # scripts/v1_5: LCS-558K, then llava_v1_5_mix665k.
 ALIGN, TUNE = 558_128, 665_298
 
@@ -26,7 +30,7 @@ def get_config(variant: str = ""):
     config = common.system(
         f"llava15-{size}",
         c.Model(
-            published("clip-l14-336", layer=-2),
+            published("clip-l14-336", layer=-2, resize=PAD),
             Connector("mlp", layers=2),
             # The published folder pads Vicuna's 32,000 rows.
             decoder(f"llama2-{size}", vocab=32_064),
@@ -42,6 +46,8 @@ def align(config, rows: int = 256, samples: int = ALIGN, lr: float = 1e-3):
     """The first stage of a config: captions without prompts, the connector alone."""
     config.name += "-align"
     common.captions(config)
+    if len(config.model.extra_encoders) == 0:
+        config.model.encoder.resize = schema.plain(CROP)
     common.freeze(config, common.ENCODERS, common.DECODER)
     common.epochs(config, rows=rows, samples=samples, lr=lr)
     return config

@@ -1,14 +1,20 @@
 """LLaVA-NeXT (Liu et al. 2024): LLaVA-1.5 whose encoder trains too, at a tenth of the rate.
 
-Variants: `vicuna-7b`, `vicuna-13b` or `mistral-7b`; with `align` the first stage. Data does not cut
-pictures into tiles yet: an image is one view of 336 px and the learned token behind it.
+Variants: `vicuna-7b`, `vicuna-13b` or `mistral-7b`; with `align` the first stage, LLaVA-1.5's. A
+picture is its whole and up to four tiles of 336 px, their visual tokens put together line by line.
 """
 
 from configs import common, llava15
 from vlm_jax import config as c
 from vlm_jax.presets.connectors import Connector
 from vlm_jax.presets.decoders import decoder
+from vlm_jax.presets.encoder_sizes import published
+from vlm_jax.presets.resizing import Resize
 
+# image_grid_pinpoints
+TILES = Resize(
+    "pinpoints", pinpoints=((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+)
 DECODERS = {
     "vicuna-7b": decoder("llama2-7b", vocab=32_064),
     "vicuna-13b": decoder("llama2-13b", vocab=32_064),
@@ -31,9 +37,11 @@ def get_config(variant: str = ""):
     config.name = f"llava_next-{size}"
     common.put(
         config,
+        encoder=published("clip-l14-336", layer=-2, resize=TILES),
         connector=Connector("mlp", layers=2, newline="token"),
         decoder=DECODERS[size],
     )
+    config.data.update(tokens=4096, images_per_row=5)
     common.freeze(config, rules=(c.Rule(common.ENCODERS, lr=0.1), *c.FULL))
     # The 760K samples of the second stage were not published; the encoder's 2e-6 is of the scripts.
     common.epochs(config, rows=128, samples=760_000, lr=2e-5)

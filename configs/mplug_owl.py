@@ -10,6 +10,7 @@ from vlm_jax import config as c
 from vlm_jax.presets.connectors import resampler
 from vlm_jax.presets.decoders import decoder
 from vlm_jax.presets.encoder_sizes import published
+from vlm_jax.presets.resizing import SQUASH
 
 WORDS = (("", "align"),)
 
@@ -24,7 +25,7 @@ def get_config(variant: str = ""):
     config = common.system(
         "mplug_owl",
         c.Model(
-            published("clip-l14", norm_eps=1e-6, final_norm=True, keep_class=True),
+            published("clip-l14", norm_eps=1e-6, final_norm=True, keep_class=True, resize=SQUASH),
             resampler("mplug-owl"),
             decoder("llama1-7b"),
         ),

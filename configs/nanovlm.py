@@ -1,5 +1,9 @@
-"""nanoVLM v0.1 222M (Hugging Face 2025): SigLIP-B/16, pixel shuffle and one linear layer,
-SmolLM2-135M; the connector learns twenty times as fast as the rest."""
+"""nanoVLM (Hugging Face 2025): a SigLIP, pixel shuffle and one linear layer, a small SmolLM2; the
+connector learns faster than the rest.
+
+Variants: `222m`, version 0.1 with pictures of 224 px; or `460m`, whose pictures are enlarged to
+2048 px and cut into up to 16 tiles beside the whole, packed, and not normalised.
+"""
 
 from configs import common
 from vlm_jax import config as c
@@ -7,19 +11,21 @@ from vlm_jax import schema
 from vlm_jax.presets.connectors import Connector
 from vlm_jax.presets.decoders import decoder
 from vlm_jax.presets.encoder_sizes import published
+from vlm_jax.presets.encoders import vit
+from vlm_jax.presets.resizing import Resize
 
-WORDS = (("",),)
+WORDS = (("222m", "460m"),)
 
 
 def get_config(variant: str = ""):
-    """The one stage; it has no variants.
+    """The one stage.
 
     Raises:
-      ValueError: a variant is asked for.
+      ValueError: the variant is not known.
     """
-    common.words("nanovlm", variant, *WORDS)
+    (size,) = common.words("nanovlm", variant, *WORDS)
     config = common.system(
-        "nanovlm",
+        f"nanovlm-{size}",
         c.Model(
             published("siglip-b16"),
             Connector("linear", pool="shuffle", factor=2, bias=False),
@@ -28,8 +34,33 @@ def get_config(variant: str = ""):
         tokens=128,
         template="tiny",
     )
-    config.adaptation = schema.plain((c.Rule(r"(encoder|decoder)/.*", lr=0.05), c.Rule(r".*")))
+    _slower_towers(config, 0.05)
     # 1.7M samples of The Cauldron; AdamW's own decay of 0.01.
     common.epochs(config, rows=256, samples=1_700_000, times=5, lr=2e-3, weight_decay=0.01)
     config.train.end_lr = 0.1
+    return tiled(config) if size == "460m" else config
+
+
+def tiled(config):
+    """What changed after version 0.1, on eight GPUs of 2 rows each, accumulated 8 times."""
+    common.put(
+        config,
+        encoder=vit(
+            "B/16",
+            image_size=512,
+            mean=(0.0, 0.0, 0.0),
+            std=(1.0, 1.0, 1.0),
+            resize=Resize("whole_and_grid", longest=2048),
+        ),
+        connector=Connector("linear", pool="shuffle", factor=4, bias=False),
+        decoder=decoder("smollm2-360m", vocab=49_218),
+    )
+    config.data.update(rows=128, tokens=4096, images_per_row=18)
+    _slower_towers(config, 5e-5 / 5.12e-3)
+    config.train.update(steps=40_000, lr=5.12e-3, warmup_steps=1200)
     return config
+
+
+def _slower_towers(config, lr: float) -> None:
+    rules = (c.Rule(r"(encoder|decoder)/.*", lr=lr), c.Rule(r".*"))
+    config.adaptation = schema.plain(rules)

@@ -10,15 +10,18 @@ from vlm_jax.presets.connectors import Connector
 from vlm_jax.presets.decoders import decoder
 from vlm_jax.presets.encoder_sizes import published
 from vlm_jax.presets.encoders import Encoder
+from vlm_jax.presets.resizing import SQUASH, Resize
 
 
 def _encoder(name: str, **fields) -> Encoder:
-    return published(name, layer=-2, final_norm=False, **fields)
+    return published(name, **{"layer": -2, "final_norm": False, "resize": SQUASH} | fields)
 
 
-SIGLIP = _encoder("siglip-so400m14-378")
+# "resize-naive" of the published models; "letterbox" is `Resize("letterbox")`.
+NAIVE_384 = Resize(side=384)
+SIGLIP = _encoder("siglip-so400m14-378", resize=NAIVE_384)
 ENCODERS = {
-    "dinosiglip": (_encoder("dinov2-reg-l14", image_size=378), SIGLIP),
+    "dinosiglip": (_encoder("dinov2-reg-l14", image_size=378, resize=NAIVE_384), SIGLIP),
     "siglip": (SIGLIP,),
     "clip": (_encoder("clip-l14-336"),),
     "dinov2": (_encoder("dinov2-reg-l14"),),

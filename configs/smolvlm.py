@@ -9,7 +9,8 @@ from vlm_jax.presets.decoders import decoder
 from vlm_jax.presets.encoders import vit
 
 # Encoder, factor of the pixel shuffle, decoder, rows of its vocabulary.
-SMALL, LARGE = vit("B/16", image_size=512), vit("So400m/14", image_size=378)
+SMALL = vit("B/16", image_size=512, resize=idefics3.tiles(512))
+LARGE = vit("So400m/14", image_size=378, resize=idefics3.tiles(384))
 SIZES = {
     "256m": (SMALL, 4, "smollm2-135m", 49_280),
     "500m": (SMALL, 4, "smollm2-360m", 49_280),

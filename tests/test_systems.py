@@ -29,7 +29,7 @@ STRUCTURES = [
     "llava_next:mistral-7b",
     "minigpt_v2:",
     "mplug_owl:",
-    "nanovlm:",
+    "nanovlm:222m",
     "openflamingo:9b",
     "openflamingo:4b",
     "paligemma2:3b-224",
@@ -78,7 +78,7 @@ PUBLISHED = {
     "smolvlm:2.2b": "2.25",
     "paligemma:224": "2.92",
     # README of v0.1
-    "nanovlm:": "0.222",
+    "nanovlm:222m": "0.222",
 }
 # Millions of trainable parameters: the table of BLIP-2's paper on visual question answering.
 TRAINABLE = {"blip2:opt-2.7b": 107, "blip2:opt-6.7b": 108}

@@ -113,6 +113,11 @@ class Augment:
       shade: strength of a random linear light gradient.
       noise: largest standard deviation of pixel noise, white being 1.
       erase: chance that a random rectangle is painted over.
+      crop: smallest and largest share of the picture's area that is shown, at an aspect ratio
+        between 3:4 and 4:3 (Inception's random crop); (1, 1) = all of it.
+      flip: chance that left and right are exchanged.
+      upscale: a picture whose longer side is below the second is enlarged to a longer side drawn
+        between the first, or its own, and the second (Idefics2: 378 to 980); (0, 0) = never.
     """
 
     background: str = "white"
@@ -132,6 +137,14 @@ class Augment:
     shade: float = 0.0
     noise: float = 0.0
     erase: float = 0.0
+    crop: tuple[float, float] = (1.0, 1.0)
+    flip: float = 0.0
+    upscale: tuple[int, int] = (0, 0)
+
+    @property
+    def repaints(self) -> bool:
+        """Whether it changes more than what of a picture is shown, and how large."""
+        return self != Augment(crop=self.crop, flip=self.flip, upscale=self.upscale)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -435,20 +448,15 @@ def check(config: Config) -> None:
     _check_mixtures(data)
     divides = data.lanes > 0 and data.rows % data.lanes == 0
     _require(divides, "data.lanes", data.lanes, f"a divisor of data.rows, {data.rows}")
-    square = all(len(set(encoder.size)) == 1 for encoder in model.encoders)
+    square = all(len(set(e.size)) == 1 and e.resize.fixed for e in model.encoders)
     _require(
-        square or data.augment == Augment(),
+        square or not data.augment.repaints,
         "data.augment",
         data.augment,
-        "none of it for images that are no squares",
+        "crop, flip and upscale only, where images are no squares or several of a picture",
     )
-    for encoder in model.encoders:
-        _require(
-            not isinstance(encoder, Encoder) or encoder.max_patches in (0, math.prod(encoder.grid)),
-            "model.encoder.max_patches",
-            getattr(encoder, "max_patches", 0),
-            f"0 or {math.prod(encoder.grid)}: the data makes images of image_size only",
-        )
+    _check_augment(data.augment)
+    _check_views(model, data)
     _check_patches(data.patches_per_row, getattr(model.encoder, "max_patches", 0))
     _require(data.views >= 1, "data.views", data.views, "at least 1")
     _require(
@@ -525,6 +533,51 @@ def _check_patches(shared: int, most: int) -> None:
         _require(shared >= most, "data.patches_per_row", shared, expected)
 
 
+def _check_views(model: Model, data: Data) -> None:
+    """Whether there is room for what pictures become, and whether the connector takes it."""
+    for i, encoder in enumerate(model.encoders):
+        path, how = f"model.extra_encoders[{i - 1}]" if i else "model.encoder", encoder.resize
+        room, native = getattr(encoder, "max_patches", 0), how.mode in how.NATIVE
+        _require(
+            native or room in (0, math.prod(encoder.grid)),
+            f"{path}.max_patches",
+            room,
+            f"0 or {math.prod(encoder.grid) if room else 0}: its resize mode makes images of "
+            "image_size only",
+        )
+        fewest = how.fewest(encoder)
+        _require(
+            len(model.encoders) == 1 or (how.mode not in how.TILES and fewest == 1),
+            f"{path}.resize.mode",
+            how.mode,
+            "one that makes one view of a picture, as several encoders look at it",
+        )
+        _require(
+            fewest <= data.images_per_row or not data.images,
+            "data.images_per_row",
+            data.images_per_row,
+            f"at least the {fewest} images that a picture becomes",
+        )
+        gridded = getattr(model.connector, "pool", "none") != "none"
+        lines = getattr(model.connector, "newline", "none") == "row"
+        kind = getattr(model.connector, "kind", "")
+        _require(
+            not native or not (gridded or lines or kind in ("flat", "sva")),
+            f"{path}.resize.mode",
+            how.mode,
+            "one that makes images of one size, as the connector needs their grid",
+        )
+
+
+def _check_augment(augment: Augment) -> None:
+    (small, large), (low, high) = augment.crop, augment.upscale
+    expected = "two shares of the area above 0 and up to 1, the smaller first"
+    _require(0 < small <= large <= 1, "data.augment.crop", augment.crop, expected)
+    _require(0 <= augment.flip <= 1, "data.augment.flip", augment.flip, "a chance from 0 to 1")
+    expected = "two lengths in pixels, the smaller first"
+    _require(0 <= low <= high, "data.augment.upscale", augment.upscale, expected)
+
+
 def check_model(model: Model, longest: int = 0) -> None:
     """Raises ConfigError where a model's presets contradict each other.
 
@@ -535,6 +588,7 @@ def check_model(model: Model, longest: int = 0) -> None:
     for i, encoder in enumerate(model.encoders):
         path = f"model.extra_encoders[{i - 1}]" if i else "model.encoder"
         _check_preset(encoder, path, encoder.problems())
+        _check_preset(encoder.resize, f"{path}.resize", encoder.resize.problems(encoder))
     if model.connector is not None:
         _require(model.encoder is not None, "model.encoder", None, "what the connector looks at")
         _require(model.decoder is not None, "model.decoder", None, "what the connector speaks to")

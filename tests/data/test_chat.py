@@ -53,7 +53,7 @@ SYSTEM = (
 
 
 def test_vicuna_is_byte_exact_and_learns_answers_and_their_ends(letters):
-    rendered = chat.render(templates.template("vicuna_v1"), letters, TALK, visual_tokens=2)
+    rendered = chat.render(templates.template("vicuna_v1"), letters, TALK, 2)
     assert marked(letters, rendered) == [
         f"<s>{SYSTEM} USER: <image><image>\nwhat is it? ASSISTANT:",
         "[ a red fox</s>]",
@@ -72,7 +72,7 @@ def test_vicuna_prompt_ends_at_the_colon(letters):
 
 def test_plain_throws_the_question_away_and_ends_with_a_line(letters):
     plain = templates.template("plain")
-    rendered = chat.render(plain, letters, TALK[:2], visual_tokens=3)
+    rendered = chat.render(plain, letters, TALK[:2], 3)
     assert marked(letters, rendered) == ["<s><image><image><image>", "[a red fox\n]"]
     prompt = chat.render(plain, letters, TALK[:1], 3, reply=True)
     assert spelled(letters, prompt.tokens) == "<s><image><image><image>"
@@ -81,7 +81,7 @@ def test_plain_throws_the_question_away_and_ends_with_a_line(letters):
 
 def test_tiny_masks_by_turn_and_knows_where_images_stand():
     tok = tokenizer.load("embedded")
-    rendered = chat.render(templates.template("tiny"), tok, TALK, visual_tokens=2)
+    rendered = chat.render(templates.template("tiny"), tok, TALK, 2)
     bos, eos, image, user, assistant = range(1, 6)
     expected = [
         *[(bos, 0), (user, 0), (image, 0), (image, 0)],

@@ -9,7 +9,7 @@ import hostile
 import numpy as np
 import pytest
 
-from vlm_jax.data import images
+from vlm_jax.data import decoding, images
 from vlm_jax.presets.encoders import Encoder
 
 ROOT = Path(__file__).parents[2]
@@ -30,6 +30,8 @@ def test_every_picture_gives_its_pixels_or_its_reason(name, tmp_path):
     decoded = images.decode(image)
     assert decoded.dtype == np.uint8 and decoded.shape == row.expected.shape
     np.testing.assert_allclose(decoded.astype(int), row.expected.astype(int), atol=row.atol)
+    # What the header says, before any pixel is decoded.
+    assert decoding.size(decoding.opened(image)) == decoded.shape[:2]
 
 
 def test_a_jpeg_that_says_more_rows_than_it_has_ends_grey():

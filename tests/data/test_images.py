@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from vlm_jax import config as c
-from vlm_jax.data import images
+from vlm_jax.data import augmentation, images
 from vlm_jax.presets.encoders import Encoder
 
 ENCODER = Encoder(16, 1, 32, 2, patch=4, image_size=8, mean=(0.0,) * 3, std=(1.0,) * 3)
@@ -126,6 +126,9 @@ CHANGES = {
     "shade": 0.6,
     "noise": 0.2,
     "erase": 1.0,
+    "crop": (0.2, 0.8),
+    "flip": 0.5,
+    "upscale": (80, 100),
 }
 
 
@@ -160,9 +163,9 @@ def test_a_quarter_turn_is_the_transposed_picture(monkeypatch):
 
 
 def test_hue_turns_red_into_green_and_keeps_grey():
-    third = images._hue_rotation(2 * np.pi / 3)
+    third = augmentation._hue_rotation(2 * np.pi / 3)
     np.testing.assert_allclose(third @ (1, 0, 0), (0, 1, 0), atol=1e-12)
-    np.testing.assert_allclose(images._hue_rotation(1.234) @ (1, 1, 1), (1, 1, 1), atol=1e-12)
+    np.testing.assert_allclose(augmentation._hue_rotation(1.234) @ (1, 1, 1), (1, 1, 1), atol=1e-12)
 
 
 def test_patches_come_in_reading_order_as_row_column_channel():

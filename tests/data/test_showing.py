@@ -19,7 +19,7 @@ from trees import Element, parsed
 from tools import browser
 from vlm_jax import config as configs
 from vlm_jax.batch import Images
-from vlm_jax.data import images, pictures, pipeline, showing, tokenizer
+from vlm_jax.data import drawing, images, pipeline, showing, tokenizer
 from vlm_jax.presets.encoders import Encoder
 from vlm_jax.presets.fusion import CrossAttention
 
@@ -163,16 +163,16 @@ def test_a_picture_is_put_together_from_its_patches_exactly():
         patch_positions=places[order][None].astype(np.int32),
         patch_images=owners[order][None].astype(np.int32),
     )
-    assert pictures.slots(packed, 0) == [0, 1, 3]
+    assert drawing.slots(packed, 0) == [0, 1, 3]
     for slot, pixels, seen in zip([0, 1, 3], normalised, made):
         own = packed.patch_images[0] == slot
         parts = packed.patches[0][own], packed.patch_positions[0][own]
-        np.testing.assert_array_equal(pictures.unpatchify(*parts, grids[0, slot], 4), pixels)
-        found = pictures.picture(packed, 0, slot, encoder)
+        np.testing.assert_array_equal(drawing.unpatchify(*parts, grids[0, slot], 4), pixels)
+        found = drawing.picture(packed, 0, slot, encoder)
         assert found.dtype == np.uint8 and np.abs(found - 255.0 * seen).max() <= 0.5 + 1e-3
     packed.patch_images[packed.patch_images == 3] = -1
-    lost = pictures.picture(packed, 0, 3, encoder)
-    assert (lost == pictures.MISSING).all()
+    lost = drawing.picture(packed, 0, 3, encoder)
+    assert (lost == drawing.MISSING).all()
 
 
 def test_pictures_are_those_of_pixels_whatever_the_encoder_takes(small, spoiled):

@@ -47,6 +47,7 @@ OWL = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 SMOL = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+W = "<|global_image|>"
 F, G = "<fake_token_around_image>", "<fake_token_around_image><global-img>"
 
 # Template -> TWO, MANY, and TWO with a system text of its own or "" where it has no place for one.
@@ -225,6 +226,19 @@ GOLDENS = {
         f"User:{G}{I}{F}What is it?<end_of_utterance>\nAssistant:« A fox.<end_of_utterance>»\n"
         "User: And where?<end_of_utterance>\nAssistant:« In snow.<end_of_utterance>»\n",
     ),
+    "nanovlm": (
+        f"<|im_start|>user\n{W}{I}What is it?<|im_end|>\n"
+        "<|im_start|>assistant\n«A fox.<|im_end|>»\n"
+        "<|im_start|>user\nAnd where?<|im_end|>\n<|im_start|>assistant\n«In snow.<|im_end|>»\n",
+        f"<|im_start|>user\n<image: 0>{W}{I}<image: 1>{W}{I}Which is red?<|im_end|>\n"
+        "<|im_start|>assistant\n«The first.<|im_end|>»\n"
+        f"<|im_start|>user\nIs <image: 2>{W}{I} too?<|im_end|>\n"
+        "<|im_start|>assistant\n«No.<|im_end|>»\n",
+        "<|im_start|>system\nBe brief.<|im_end|>\n"
+        f"<|im_start|>user\n{W}{I}What is it?<|im_end|>\n"
+        "<|im_start|>assistant\n«A fox.<|im_end|>»\n"
+        "<|im_start|>user\nAnd where?<|im_end|>\n<|im_start|>assistant\n«In snow.<|im_end|>»\n",
+    ),
     "paligemma": (
         f"{I}<bos>What is it?\n«A fox.<eos>»And where?\n«In snow.<eos>»",
         f"{I}{I}{I}<bos>Which is red?\n«The first.<eos>»Is  too?\n«No.<eos>»",
@@ -253,6 +267,7 @@ ENDS = {
     "gemma": GEMMA,
     "idefics3": META,
     "smolvlm": BPE,
+    "nanovlm": BPE,
     "paligemma": GEMMA,
     "flamingo": BPE,
 }

@@ -15,6 +15,7 @@ from vlm_jax.presets.decoders import decoder
 from vlm_jax.presets.encoder_sizes import published
 from vlm_jax.presets.fusion import cross_attention
 from vlm_jax.presets.qformer import BLIP2, INSTRUCTBLIP
+from vlm_jax.presets.resizing import SQUASH
 from vlm_jax.weights import checking, conversion, registry, tables
 from vlm_jax.weights.families import blip_2, idefics, instructblip
 
@@ -57,7 +58,7 @@ SYSTEMS = {
     "idefics": (
         IDEFICS_9B,
         Model(
-            published("openclip-h14", keep_class=True),
+            published("openclip-h14", keep_class=True, resize=SQUASH),
             resampler("idefics"),
             decoder("llama1-7b", added=2),
             fusion=cross_attention("idefics-9b"),

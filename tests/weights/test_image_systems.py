@@ -15,7 +15,8 @@ import pytest
 from vlm_jax.config import check_model
 from vlm_jax.errors import ConfigError, DataError
 from vlm_jax.models import params
-from vlm_jax.weights import anyres, inputs, registry, tables
+from vlm_jax.presets import anyres
+from vlm_jax.weights import inputs, registry, tables
 from vlm_jax.weights.families import idefics2, idefics3, llava, llava_next, paligemma
 
 CLIP = {

@@ -25,9 +25,9 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import (
     BmpImagePlugin,
+    ExifTags,
     GifImagePlugin,
     Image,
-    ImageOps,
     JpegImagePlugin,
     PngImagePlugin,
     TiffImagePlugin,
@@ -76,13 +76,40 @@ class BadImage(Exception):
         self.reason = reason
 
 
-def decode(
-    image: bytes | os.PathLike | str | np.ndarray | Image.Image,
-) -> UInt8[np.ndarray, "h w 4"]:
-    """RGBA pixels, upright, of encoded bytes, a file, or a picture already in memory.
+Picture = bytes | os.PathLike | str | np.ndarray | Image.Image
+
+
+def decode(image: Picture) -> UInt8[np.ndarray, "h w 4"]:
+    """RGBA pixels of a picture; see `picture`.
+
+    Raises:
+      BadImage: see its reasons.
+    """
+    return np.asarray(picture(image).convert("RGBA"))
+
+
+def picture(image: Picture) -> Image.Image:
+    """Encoded bytes, a file, or a picture already in memory: upright, of mode RGB or RGBA.
 
     Animations give their first frame, files of several pages their first page. 16-bit grey is
     scaled to 8 bits (Pillow would clip it). Colour profiles are not applied.
+
+    Raises:
+      BadImage: see its reasons.
+    """
+    image = opened(image)
+    try:
+        image.load()
+    except Exception as error:
+        raise _bad(error) from error
+    try:
+        return _coloured(_upright(image))
+    except (ValueError, OSError) as error:
+        raise BadImage("unsupported", f"pixels of mode {image.mode}: {error}") from error
+
+
+def opened(image: Picture) -> Image.Image:
+    """A picture whose header is read and whose size is no bomb; no pixel of a file is decoded yet.
 
     Raises:
       BadImage: see its reasons.
@@ -92,14 +119,13 @@ def decode(
     if not isinstance(image, Image.Image):
         image = _open(read(image))
     _check_size(*image.size)
-    try:
-        image.load()
-    except Exception as error:
-        raise _bad(error) from error
-    try:
-        return np.asarray(_rgba(_upright(image)))
-    except (ValueError, OSError) as error:
-        raise BadImage("unsupported", f"pixels of mode {image.mode}: {error}") from error
+    return image
+
+
+def size(image: Image.Image) -> tuple[int, int]:
+    """Height and width that an opened picture will have upright."""
+    width, height = image.size
+    return (width, height) if _orientation(image) in (5, 6, 7, 8) else (height, width)
 
 
 def check(image: bytes | os.PathLike | str) -> None:
@@ -108,7 +134,7 @@ def check(image: bytes | os.PathLike | str) -> None:
     Raises:
       BadImage: see its reasons.
     """
-    _check_size(*_open(read(image)).size)
+    opened(image)
 
 
 def _of_array(array: np.ndarray) -> Image.Image:
@@ -222,7 +248,8 @@ def _check_png(data: bytes) -> bytes:
         if kind in _PNG_CHUNKS and not (kind == b"eXIf" and length > _MAX_EXIF):
             if zlib.crc32(view[start + 4 : at - 4]) != int.from_bytes(view[at - 4 : at]):
                 raise BadImage("corrupt", f"checksum of the PNG chunk {kind.decode()}")
-            kept.append(view[start:at])
+            # Before the pixels, where it is read with the header.
+            kept.insert(2 if kind == b"eXIf" else len(kept), view[start:at])
             kinds.add(kind)
         if kind == b"IEND":
             if data[25] == 3 and b"PLTE" not in kinds:
@@ -360,25 +387,54 @@ FORMATS = {
 }
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Turned as its EXIF says; Pillow has already turned a TIFF."""
+def _orientation(image: Image.Image) -> int:
+    """As its EXIF or XMP says, 1 = upright; Pillow turns a TIFF itself."""
     said = [image.info[key] for key in ("exif", "xmp") if image.info.get(key)]
-    if not said or max(map(len, said)) > _MAX_EXIF:
-        return image
+    if not said or max(map(len, said)) > _MAX_EXIF or image.format == "TIFF":
+        return 1
     try:
-        return ImageOps.exif_transpose(image)
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # broken EXIF says nothing about the pixels (huggingface/datasets#7668)
+        return 1
+
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    turn = _TURNS.get(_orientation(image))
+    if turn is None:
         return image
+    image = image.transpose(turn)
+    for said in ("exif", "xmp"):  # which hold no longer
+        image.info.pop(said, None)
+    return image
 
 
-def _rgba(image: Image.Image) -> Image.Image:
+def _coloured(image: Image.Image) -> Image.Image:
+    """Of mode RGB where nothing can be transparent, else RGBA."""
     if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
         raise ValueError("numbers without a known range")
     if image.mode == "I" or image.mode.startswith("I;16"):
         return _of_16_bits(image)
+    if image.mode in ("RGB", "L", "CMYK", "YCbCr", "HSV", "LAB") and not _keyed(image):
+        return image if image.mode == "RGB" else image.convert("RGB")
     if image.mode in ("CMYK", "YCbCr", "HSV", "LAB"):  # directly, LAB would come out wrong
         image = image.convert("RGB")
     return image if image.mode == "RGBA" else image.convert("RGBA")
+
+
+def _keyed(image: Image.Image) -> bool:
+    """Whether one colour stands for transparency."""
+    return image.info.get("transparency") is not None
 
 
 def _of_16_bits(image: Image.Image) -> Image.Image:

@@ -10,20 +10,23 @@ from vlm_jax.config import Config
 from vlm_jax.data import chat, images, templates
 from vlm_jax.data import tokenizer as tokenizers
 from vlm_jax.data.example import Example, Image, ImageRef, Turn
+from vlm_jax.data.images import Views
+from vlm_jax.data.pictures import Pictures
+from vlm_jax.data.pieces import Rendered
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.errors import DataError
 
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """One sample on its own: L tokens, n images.
+    """One sample on its own: L tokens, n images; a picture may be several of them.
 
     Attributes:
       key, source: of the Example.
       tokens, loss_weights, blocks, visual_index, image_index: as in a Batch, the indices counted
         from the document's own first image.
-      pixels: float32 [n, H, W, 3], normalised; zeros for an image that could not be used. Or a
-        sequence of [h, w, 3] where sizes differ.
+      pixels: of each image, float32 [h, w, 3], normalised; zeros for one that could not be used, as
+        large as its header says, or as the encoder's own if there is none.
       extra_pixels: the same images for each of `model.extra_encoders`.
       texts: int32 [n, S], the second text of each image, 0 = padding.
       rejects: why the sample is not learned from, e.g. ("truncated",); its loss weights and texts
@@ -38,10 +41,10 @@ class Document:
     blocks: Int[np.ndarray, " L"]
     visual_index: Int[np.ndarray, " L"]
     image_index: Int[np.ndarray, " L"]
-    pixels: Float[np.ndarray, "n H W 3"]
+    pixels: Views
     texts: Int[np.ndarray, "n S"]
     rejects: tuple[str, ...] = ()
-    extra_pixels: tuple[Float[np.ndarray, "n h w 3"], ...] = ()
+    extra_pixels: tuple[Views, ...] = ()
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -67,27 +70,26 @@ def document(
       tokenizer: of the run.
       rng: where augmentation is drawn from; None = evaluation, which changes nothing.
     """
+    augment = None if rng is None else config.data.augment
+    pictures = Pictures(example.images, config, augment, rng)
     try:
-        rendered = render(example.turns, config, tokenizer)
+        rendered = render(example.turns, pictures, tokenizer)
     except DataError:  # a system turn, say, under a template that has no place for one
         return rejected(example.key, example.source, "no_place_for_turn", config)
-    spans, texts = rendered.image_spans, _second_texts(example, rendered, config, tokenizer)
+    texts = _second_texts(example, rendered, pictures, tokenizer)
     too_long = _too_long(rendered, texts, config)
     if too_long:
         return _build(example, _EMPTY, config, [], (), (too_long,))
-    augment = None if rng is None else config.data.augment
-    pictures, rejects = [], []
-    for span in spans:
+    seen, rejects = [], []
+    for index in pictures.shown(rendered):
         try:
-            rgba = images.decode(_at(example.images, span.index))
-            pictures.append(images.fit_all(rgba, config.model.encoders, augment, rng))
+            seen.append(pictures.see(index))
         except images.BadImage as bad:
-            blank = lambda encoder: np.zeros((*encoder.size, 3), np.float32)  # noqa: E731
-            pictures.append(tuple(map(blank, config.model.encoders)))
+            seen.append(pictures.blank(index))
             rejects.append(bad.reason)
-    if _too_many_patches([picture[0] for picture in pictures], config):
+    if _too_many_patches([view for first, *_ in seen for view in first], config):
         return _build(example, _EMPTY, config, [], (), ("too_many_patches",))
-    return _build(example, rendered, config, texts, pictures, tuple(rejects))
+    return _build(example, rendered, config, texts, seen, tuple(rejects))
 
 
 def rejected(key: str, source: str, reason: str, config: Config) -> Document:
@@ -105,8 +107,9 @@ def prompt_document(
         connector reads of it longer than `data.text_tokens`.
     """
     prompt = Example("prompt", "prompt", tuple(pictures), tuple(turns))
-    rendered = render(turns, config, tokenizer, reply=True)
-    texts = _second_texts(prompt, rendered, config, tokenizer)
+    shown = Pictures(pictures, config)
+    rendered = render(turns, shown, tokenizer, reply=True)
+    texts = _second_texts(prompt, rendered, shown, tokenizer)
     reason = _too_long(rendered, texts, config)
     if reason == "too_many_instruction_tokens":
         raise DataError(
@@ -119,26 +122,27 @@ def prompt_document(
             f"config.data allows {config.data.tokens} and {config.data.images_per_row}"
         )
     seen = []
-    for span in rendered.image_spans:
+    for index in shown.shown(rendered):
         try:
-            rgba = images.decode(_at(pictures, span.index))
+            seen.append(shown.see(index))
         except images.BadImage as bad:
-            raise DataError(f"image {span.index + 1} of the prompt cannot be used: {bad}") from bad
-        seen.append(images.fit_all(rgba, config.model.encoders))
+            raise DataError(f"image {index + 1} of the prompt cannot be used: {bad}") from bad
     return _build(prompt, rendered, config, texts, seen, ())
 
 
 def render(
-    turns: Sequence[Turn], config: Config, tokenizer: Tokenizer, reply: bool = False
-) -> chat.Rendered:
+    turns: Sequence[Turn], pictures: Pictures, tokenizer: Tokenizer, reply: bool = False
+) -> Rendered:
     """Tokens and loss weights of a conversation under the config's template, without pixels."""
-    if not config.data.images:
+    data = pictures.config.data
+    if not data.images:
         turns = [dataclasses.replace(turn, parts=_words(turn)) for turn in turns]
-    template = templates.template(config.data.template)
-    return chat.render(template, tokenizer, turns, config.model.image_positions, reply)
+    template = templates.template(data.template)
+    return chat.render(template, tokenizer, turns, pictures.layout, reply)
 
 
-_EMPTY = chat.Rendered(np.zeros(0, np.int32), np.zeros(0, np.float32), ())
+_NONE = np.zeros(0, np.int32)
+_EMPTY = Rendered(_NONE, np.zeros(0, np.float32), (), _NONE, _NONE)
 
 
 def _words(turn: Turn) -> tuple[str, ...]:
@@ -146,9 +150,10 @@ def _words(turn: Turn) -> tuple[str, ...]:
 
 
 def _second_texts(
-    example: Example, rendered: chat.Rendered, config: Config, tokenizer: Tokenizer
+    example: Example, rendered: Rendered, pictures: Pictures, tokenizer: Tokenizer
 ) -> list[list[int]]:
     """Ids of the second text of each image: its own, or what is asked in the turn it stands in."""
+    config = pictures.config
     if not config.model.instructed:
         own, size = example.image_texts, config.data.text_tokens
         spans = [span.index for span in rendered.image_spans]
@@ -159,11 +164,13 @@ def _second_texts(
     found = []
     for turn in example.turns:
         asked = "".join(_words(turn)).strip() if turn.role == "user" else ""
-        found += [reader.encode_alone(asked)] * (len(turn.parts) - len(_words(turn)))
+        shown = [part.index for part in turn.parts if isinstance(part, ImageRef)]
+        count = sum(pictures.layout(index).images for index in shown)
+        found += [reader.encode_alone(asked)] * count
     return found
 
 
-def _too_long(rendered: chat.Rendered, texts: list[list[int]], config: Config) -> str:
+def _too_long(rendered: Rendered, texts: list[list[int]], config: Config) -> str:
     if len(rendered.tokens) > config.data.tokens:
         return "too_many_tokens"
     if len(rendered.image_spans) > config.data.images_per_row:
@@ -179,38 +186,28 @@ def _too_many_patches(pictures: Sequence[Float[np.ndarray, "H W 3"]], config: Co
     return room > 0 and images.patches_of(pictures, config.model.encoder.patch) > room
 
 
-def _at(pictures: Sequence[Image], index: int) -> Image:
-    if not 0 <= index < len(pictures):
-        raise images.BadImage("no_such_image", f"{index} of {len(pictures)}")
-    return pictures[index]
-
-
 def _build(
     example: Example,
-    rendered: chat.Rendered,
+    rendered: Rendered,
     config: Config,
     second_texts: Sequence[Sequence[int]],
-    pictures: Sequence[tuple[np.ndarray, ...]],
+    pictures: Sequence[tuple[Views, ...]],
     rejects: tuple[str, ...],
 ) -> Document:
     size = config.data.text_tokens
-    model = config.model
-    visual_index, image_index = _indices(
-        rendered, model.visual_tokens if model.visual_in_sequence else 0
-    )
     texts = np.zeros((len(rendered.image_spans), size), np.int32)
     for row, ids in zip(texts, second_texts, strict=True):
         row[: 0 if rejects else len(ids)] = () if rejects else ids
     weights = rendered.loss_weights
-    pixels, *extra_pixels = _stacked(pictures, config)
+    pixels, *extra_pixels = _by_encoder(pictures, config)
     return Document(
         key=example.key,
         source=example.source,
         tokens=rendered.tokens,
         loss_weights=np.zeros_like(weights) if rejects else weights,
         blocks=_blocks(weights, config.data.attention),
-        visual_index=visual_index,
-        image_index=image_index,
+        visual_index=rendered.visual_index,
+        image_index=rendered.image_index,
         pixels=pixels,
         texts=texts,
         rejects=rejects,
@@ -218,30 +215,12 @@ def _build(
     )
 
 
-def _stacked(pictures: Sequence[tuple[np.ndarray, ...]], config: Config) -> list[np.ndarray]:
-    """Pictures, each as every encoder sees it, as one array [n, H, W, 3] per encoder."""
-    found = []
-    for i, encoder in enumerate(config.model.encoders):
-        own = [picture[i] for picture in pictures]
-        found.append(np.stack(own) if own else np.zeros((0, *encoder.size, 3), np.float32))
-    return found
-
-
-def _indices(
-    rendered: chat.Rendered, visual_tokens: int
-) -> tuple[Int[np.ndarray, " L"], Int[np.ndarray, " L"]]:
-    """Which visual token stands where, and the last image at or before each token; -1 = none.
-
-    `visual_tokens` is how many of an image's stand in the sequence: all of them, or none.
-    """
-    visual = np.full(len(rendered.tokens), -1, np.int32)
-    image = np.full(len(rendered.tokens), -1, np.int32)
-    for n, span in enumerate(rendered.image_spans):
-        visual[span.start : span.start + visual_tokens] = (
-            np.arange(visual_tokens) + n * visual_tokens
-        )
-        image[span.start :] = n
-    return visual, image
+def _by_encoder(pictures: Sequence[tuple[Views, ...]], config: Config) -> list[Views]:
+    """All images of all pictures as each encoder sees them."""
+    return [
+        tuple(view for picture in pictures for view in picture[i])
+        for i in range(len(config.model.encoders))
+    ]
 
 
 def _blocks(weights: Float[np.ndarray, " L"], attention: str) -> Int[np.ndarray, " L"]:

@@ -19,6 +19,7 @@ from vlm_jax.data import documents, packing, sources
 from vlm_jax.data import tokenizer as tokenizers
 from vlm_jax.data.example import BadExample, Example, Image, ImageRef, Turn
 from vlm_jax.data.packing import Info
+from vlm_jax.data.pictures import Pictures
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.errors import ConfigError, DataError
 
@@ -81,7 +82,8 @@ def batches(config: Config, examples: Sequence[Example]) -> Iterator[tuple[Batch
     for example in examples:
         # What the template has no place for becomes an empty row, which is counted.
         with contextlib.suppress(DataError):
-            rendered.append(documents.render(example.turns, config, tokenizer))
+            pictures = Pictures(example.images, config)
+            rendered.append(documents.render(example.turns, pictures, tokenizer))
     shape = _one_per_row(config, tokenizer, rendered)
     for part in _chunks(examples, shape.rows):
         rows = [[documents.document(example, config, tokenizer)] for example in part]
@@ -143,7 +145,11 @@ def prompt_batches(config: Config, prompts: Iterable[Prompt]) -> Iterator[Batch]
       DataError: a picture cannot be used, or a prompt is too long.
     """
     prompts, tokenizer = list(prompts), tokenizers.for_config(config)
-    rendered = [documents.render(p.turns, config, tokenizer, reply=True) for p in prompts]
+    shown = [Pictures(prompt.images, config) for prompt in prompts]
+    rendered = [
+        documents.render(prompt.turns, pictures, tokenizer, reply=True)
+        for prompt, pictures in zip(prompts, shown, strict=True)
+    ]
     shape = _one_per_row(config, tokenizer, rendered)
     make = functools.partial(documents.prompt_document, config=config, tokenizer=tokenizer)
     for part in _chunks(prompts, shape.rows):

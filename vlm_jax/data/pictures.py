@@ -1,59 +1,99 @@
-"""Pictures out of a Batch: what an encoder is given, turned back into what people see."""
+"""The pictures of a sample: places in the sequence from their headers, pixels from what follows."""
 
-import base64
-import io
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int, UInt8
-from PIL import Image
+from PIL.Image import Image as PilImage
 
-from vlm_jax.batch import Images
-from vlm_jax.presets.encoders import Encoder
-
-MISSING = (255, 0, 255)  # colour of patches that a picture should have and the batch has not
-
-
-def slots(images: Images, row: int) -> list[int]:
-    """The image slots of a row that hold a picture."""
-    return np.flatnonzero((images.grids[row] > 0).all(axis=-1)).tolist()
+from vlm_jax.config import Augment, Config
+from vlm_jax.data import images, layout
+from vlm_jax.data.example import Image
+from vlm_jax.data.images import Views
+from vlm_jax.data.layout import Layout
+from vlm_jax.data.pieces import Rendered
+from vlm_jax.data.steps import Plan, Size
 
 
-def picture(images: Images, row: int, slot: int, encoder: Encoder) -> UInt8[np.ndarray, "h w 3"]:
-    """One picture as its encoder sees it: whole pixels, or put together from its patches."""
-    if images.pixels is not None:
-        return _denormalised(images.pixels[row, slot], encoder)
-    own = images.patch_images[row] == slot
-    patches, places = images.patches[row][own], images.patch_positions[row][own]
-    pixels = unpatchify(patches, places, images.grids[row, slot], encoder.patch)
-    return _denormalised(pixels, encoder)
+class Pictures:
+    """The pictures of a sample: how each stands in the sequence, from its header, then its pixels.
 
-
-def unpatchify(
-    patches: Float[np.ndarray, "p patch_dim"],
-    places: Int[np.ndarray, "p 2"],
-    grid: Int[np.ndarray, " 2"],
-    patch: int,
-) -> Float[np.ndarray, "h w 3"]:
-    """The pixels whose patches these are, in any order; the inverse of `images.patchify`.
-
-    Pixels of places without a patch are NaN.
+    Args:
+      given: encoded, or files.
+      config: its encoders' resize modes decide how many images a picture is.
+      augment: random changes; None = evaluation, which changes nothing.
+      rng: where they are drawn from.
     """
-    rows, columns = grid
-    placed = np.full((rows, columns, patch, patch, 3), np.nan, np.float32)
-    placed[places[:, 0], places[:, 1]] = patches.reshape(-1, patch, patch, 3)
-    return placed.transpose(0, 2, 1, 3, 4).reshape(rows * patch, columns * patch, 3)
+
+    def __init__(
+        self,
+        given: Sequence[Image],
+        config: Config,
+        augment: Augment | None = None,
+        rng: np.random.Generator | None = None,
+    ):
+        self.config = config
+        self._given, self._change = given, (augment, rng)
+        self._plans: dict[int, _Planned] = {}
+
+    def layout(self, index: int) -> Layout:
+        """How the picture stands in the sequence; one that cannot be used has a place too."""
+        model = self.config.model
+        return layout.alike(model) or layout.layout(self._plan(index).plans[0], model)
+
+    def shown(self, rendered: Rendered) -> list[int]:
+        """Which pictures are shown, in reading order; one may be shown again."""
+        found, spans = [], list(rendered.image_spans)
+        while spans:
+            found.append(spans[0].index)
+            del spans[: self.layout(spans[0].index).images]
+        return found
+
+    def see(self, index: int) -> tuple[Views, ...]:
+        """The views of the picture for each encoder.
+
+        Raises:
+          BadImage: it cannot be used.
+        """
+        made = self._plan(index)
+        if made.header is None:
+            raise made.bad
+        picture = images.picture(made.header)
+        if (picture.height, picture.width) != made.size:
+            size = f"{picture.height} x {picture.width}"
+            raise images.BadImage("corrupt", f"{size} pixels, not as the header says: {made.size}")
+        return images.see(picture, made.plans, self.config.model.encoders, *self._change)
+
+    def blank(self, index: int) -> tuple[Views, ...]:
+        """Views of the same sizes without content."""
+        return tuple(
+            tuple(np.zeros((*size, 3), np.float32) for size in plan.sizes)
+            for plan in self._plan(index).plans
+        )
+
+    def _plan(self, index: int) -> "_Planned":
+        """A picture without a readable header is planned as if it had the encoder's size."""
+        if index in self._plans:
+            return self._plans[index]
+        encoders = self.config.model.encoders
+        header, size, bad = None, encoders[0].size, None
+        try:
+            header = images.opened(self._at(index))
+            size = images.size(header)
+        except images.BadImage as error:
+            bad = error
+        found = _Planned(header, size, bad, images.plans(size, encoders, *self._change))
+        self._plans[index] = found
+        return found
+
+    def _at(self, index: int) -> Image:
+        if not 0 <= index < len(self._given):
+            raise images.BadImage("no_such_image", f"{index} of {len(self._given)}")
+        return self._given[index]
 
 
-def _denormalised(pixels: Float[np.ndarray, "h w 3"], encoder: Encoder) -> np.ndarray:
-    shown = pixels * np.float32(encoder.std) + np.float32(encoder.mean)
-    missing = np.isnan(shown).any(axis=-1)
-    shown = np.round(255 * np.nan_to_num(shown).clip(0, 1)).astype(np.uint8)
-    shown[missing] = MISSING
-    return shown
-
-
-def data_uri(pixels: UInt8[np.ndarray, "h w 3"]) -> str:
-    """A picture as a URI that holds it as PNG."""
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+class _Planned(NamedTuple):
+    header: PilImage | None
+    size: Size
+    bad: images.BadImage | None
+    plans: tuple[Plan, ...]

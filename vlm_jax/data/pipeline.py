@@ -20,6 +20,7 @@ from vlm_jax.data.lanes import Lane, Position
 from vlm_jax.data.packing import Info
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.errors import ConfigError, DataError
+from vlm_jax.presets.resizing import SQUASH
 from vlm_jax.schema import plain
 
 PREFETCH = 2  # batches made ahead of the trainer
@@ -278,7 +279,9 @@ def _sizes(config: Config) -> dict[str, Any]:
     size = config.model.encoder.image_size
     found = {"image_size": size if isinstance(size, int) else list(size)}
     extra = [list(encoder.size) for encoder in config.model.extra_encoders]
-    return found | ({"extra_image_sizes": extra} if extra else {})
+    resize = [encoder.resize for encoder in config.model.encoders]
+    others = {"resize": list(map(repr, resize))} if any(how != SQUASH for how in resize) else {}
+    return found | ({"extra_image_sizes": extra} if extra else {}) | others
 
 
 def _require_supervision(batch: Batch, info: Info) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from vlm_jax.batch import Batch
 from vlm_jax.config import Config
-from vlm_jax.data import pictures
+from vlm_jax.data import drawing
 from vlm_jax.data import tokenizer as tokenizers
 from vlm_jax.data.packing import Info
 from vlm_jax.data.tally import Span, Tally, spans
@@ -149,7 +149,7 @@ class Reader:
         """One row of the batch of that number."""
         found = spans(batch, info, row, self._visual_tokens)
         owned = {slot for span in found for slot in span.slots}
-        orphans = [slot for slot in pictures.slots(batch.images, row) if slot not in owned]
+        orphans = [slot for slot in drawing.slots(batch.images, row) if slot not in owned]
         return Row(
             number,
             row,
@@ -204,8 +204,8 @@ class Reader:
     def _picture(self, batch: Batch, row: int, slot: int) -> Picture:
         seen = []
         for images, encoder in zip((batch.images, *batch.extra_images), self._encoders):
-            pixels = pictures.picture(images, row, slot, encoder)
-            seen.append((pictures.data_uri(pixels), pixels.shape[1], pixels.shape[0]))
+            pixels = drawing.picture(images, row, slot, encoder)
+            seen.append((drawing.data_uri(pixels), pixels.shape[1], pixels.shape[0]))
         ids = batch.image_texts[row, slot]
         standing = batch.visual_index[row] // self._visual_tokens == slot
         return Picture(slot, seen, self._seconds.decode(ids[ids > 0]), int(standing.sum()))

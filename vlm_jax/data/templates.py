@@ -28,6 +28,11 @@ class Template:
       last_eos: whether the end-of-sequence token, learned, ends the document.
       image: text before and after every image.
       image_shared: whether of two neighbouring images only the first has text before it.
+      image_number: text before every picture where there are several, "{}" being its number from 0.
+      tile: text before every tile of a picture, with "{row}" and "{column}" from 1; "" = tiles are
+        images like all others.
+      tile_row: text behind the last tile of each row.
+      after_tiles: text before the whole picture where its tiles come first.
       images: where the images of a turn stand: "inline" = where it says, "turn" = at its start, its
         text stripped then, "document" = at the start of the document, "front" = even before the
         beginning-of-sequence token.
@@ -52,6 +57,10 @@ class Template:
     last_eos: bool = False
     image: tuple[str, str] = ("", "")
     image_shared: bool = False
+    image_number: str = ""
+    tile: str = ""
+    tile_row: str = ""
+    after_tiles: str = ""
     images: str = "inline"
     strip: bool = False
     user_text: bool = True
@@ -113,11 +122,17 @@ IDEFICS_2 = Template(
     specials=("<end_of_utterance>", "<fake_token_around_image>"),
 )
 
+# More rows and columns than any recipe cuts; a tokenizer needs those that its pictures have.
+TILES = tuple(f"<row_{row}_col_{column}>" for row in range(1, 10) for column in range(1, 10))
+
 IDEFICS_3 = dataclasses.replace(
     IDEFICS_2,
     image=("<fake_token_around_image><global-img>", "<fake_token_around_image>"),
     image_shared=False,
-    specials=(*IDEFICS_2.specials, "<global-img>"),
+    tile="<fake_token_around_image><row_{row}_col_{column}>",
+    tile_row="\n",
+    after_tiles="\n",
+    specials=(*IDEFICS_2.specials, "<global-img>", *TILES),
 )
 
 TEMPLATES = {
@@ -225,8 +240,9 @@ TEMPLATES = {
         image=("", "\nHuman: "),
         images="turn",
     ),
-    # The chat_template of idefics2-8b, its images as processing_idefics2.py of transformers spells
-    # those that are not split; that only answers are learned is the paper's word (section 4.2).
+    # The chat_template of idefics2-8b, its images, of which four may be quarters of the fifth, as
+    # processing_idefics2.py of transformers spells them; that only answers are learned is the
+    # paper's word (section 4.2).
     "idefics2": IDEFICS_2,
     # Idefics3-8B-Llama3's, likewise.
     "idefics3": IDEFICS_3,
@@ -236,6 +252,15 @@ TEMPLATES = {
         bos=False,
         start="<|im_start|>",
         specials=(*IDEFICS_3.specials, "<|im_start|>"),
+    ),
+    # nanoVLM since its pictures are cut into tiles (models/config.py, data/processors.py). The line
+    # behind an answer's end is learned there too.
+    "nanovlm": dataclasses.replace(
+        CHATML,
+        image=("<|global_image|>", ""),
+        image_number="<image: {}>",
+        tile="<row_{row}_col_{column}>",
+        specials=(*CHATML.specials, "<|global_image|>", *TILES),
     ),
     # PaliGemma: images, <bos>, prefix, end of line, suffix (processing_paligemma.py); that images
     # and prefix see each other is `data.attention`.

@@ -5,6 +5,8 @@ import itertools
 from collections.abc import Iterator
 from typing import ClassVar
 
+from vlm_jax.presets.resizing import SQUASH, Resize
+
 # What torchvision, timm and transformers normalise pixels with for ImageNet, and CLIP.
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 CLIP = {
@@ -38,6 +40,7 @@ class ConvNet:
       drop_path: chance that the residual branch of the last block is dropped, rising linearly with
         depth.
       mean, std: per channel, of pixels in [0, 1].
+      resize: how pictures of other sizes become images.
       dtype: of the computation; parameters are float32 masters.
       remat: whether blocks recompute their activations in the backward pass.
     """
@@ -59,6 +62,7 @@ class ConvNet:
     drop_path: float = 0.0
     mean: tuple[float, float, float] = IMAGENET["mean"]
     std: tuple[float, float, float] = IMAGENET["std"]
+    resize: Resize = SQUASH
     dtype: str = "bfloat16"
     remat: bool = True
     kind: str = "convnext"

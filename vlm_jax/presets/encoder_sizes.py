@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 from vlm_jax.presets.encoders import Encoder, vit
+from vlm_jax.presets.resizing import Resize
 
 CLIP_PIXELS = {
     "mean": (0.48145466, 0.4578275, 0.40821073),
@@ -19,6 +20,7 @@ CLIP = {
     "unbiased": ("patch",),
     "norm_eps": 1e-5,
     "final_norm": False,
+    "resize": Resize("crop"),
     **CLIP_PIXELS,
 }
 OPENAI = CLIP | {"activation": "quick_gelu"}
@@ -31,6 +33,7 @@ DINOV2 = {
     "class_token": True,
     "layer_scale": 1e-5,
     "position_grid": (37, 37),
+    "resize": Resize("crop", shortest=256),
     **IMAGENET_PIXELS,
 }
 DINOV2_GATED = DINOV2 | {"activation": "silu", "gated": True}
@@ -49,6 +52,14 @@ EVA02 = EVA | {
     "gated": True,
     "inner_norm": True,
     "rotary_grid": (16, 16),
+}
+
+# SigLIP 2 (Tschannen et al. 2025): as many patches as 256 pixels a side have.
+NAFLEX = {
+    "image_size": 256,
+    "max_patches": 256,
+    "position_resize": "bilinear_antialias",
+    "resize": Resize("patches", filter="bilinear"),
 }
 
 PIX2STRUCT = {
@@ -82,14 +93,16 @@ PUBLISHED = {
     "siglip-b16": vit("B/16"),
     "siglip-l16-256": vit("L/16", image_size=256),
     "siglip-so400m14": vit("So400m/14"),
-    "siglip-so400m14-378": vit("So400m/14", image_size=378),
-    "siglip2-naflex-b16": vit(
-        "B/16", image_size=256, max_patches=256, position_resize="bilinear_antialias"
+    "siglip-so400m14-378": vit("So400m/14", image_size=378, resize=Resize(side=384)),
+    "siglip2-naflex-b16": vit("B/16", **NAFLEX),
+    "siglip2-naflex-so400m16": vit("So400m/16", **NAFLEX),
+    "idefics2": vit(
+        "So400m/14",
+        image_size=980,
+        max_patches=4900,
+        position_resize="bucket",
+        resize=Resize("bounds", filter="bilinear", shortest=378),
     ),
-    "siglip2-naflex-so400m16": vit(
-        "So400m/16", image_size=256, max_patches=256, position_resize="bilinear_antialias"
-    ),
-    "idefics2": vit("So400m/14", image_size=980, max_patches=4900, position_resize="bucket"),
     "dinov2-s14": Encoder(384, 12, 1536, 6, **DINOV2),
     "dinov2-b14": Encoder(*B, **DINOV2),
     "dinov2-l14": Encoder(*L, **DINOV2),

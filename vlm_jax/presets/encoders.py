@@ -5,6 +5,8 @@ import math
 from collections.abc import Iterator
 from typing import ClassVar
 
+from vlm_jax.presets.resizing import SQUASH, Resize
+
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
@@ -53,6 +55,7 @@ class Encoder:
       drop_path: chance that a residual branch of the last block is dropped, rising linearly with
         depth.
       mean, std: per channel, of pixels in [0, 1].
+      resize: how pictures of other sizes become images.
       dtype: of the computation; parameters are float32 masters.
       remat: whether blocks recompute their activations in the backward pass.
     """
@@ -92,6 +95,7 @@ class Encoder:
     drop_path: float = 0.0
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    resize: Resize = SQUASH
     dtype: str = "bfloat16"
     remat: bool = True
     kind: str = "vit"

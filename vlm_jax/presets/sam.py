@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 from vlm_jax.presets.convnets import IMAGENET, pair
+from vlm_jax.presets.resizing import SQUASH, Resize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Sam:
       norm_eps: of the layers' LayerNorms.
       neck_eps: of the neck's.
       mean, std: per channel, of pixels in [0, 1].
+      resize: how pictures of other sizes become images.
       dtype: of the computation; parameters are float32 masters.
       remat: whether blocks recompute their activations in the backward pass.
     """
@@ -49,6 +51,7 @@ class Sam:
     neck_eps: float = 1e-6
     mean: tuple[float, float, float] = IMAGENET["mean"]
     std: tuple[float, float, float] = IMAGENET["std"]
+    resize: Resize = SQUASH
     dtype: str = "bfloat16"
     remat: bool = True
     kind: str = "sam"

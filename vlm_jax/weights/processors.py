@@ -1,6 +1,7 @@
 """Preprocessor configs of exported folders, written from the encoder's preset.
 
-Only where the model came without its own: what was published goes out as it came.
+Only where the model came without its own: what was published goes out as it came. A preset that
+squashes says no more than that nobody chose: its pictures are prepared as usual in its family.
 """
 
 from collections.abc import Callable, Mapping
@@ -8,7 +9,8 @@ from typing import Any
 
 from vlm_jax.config import Model
 
-BICUBIC = 3  # PIL's number
+# PIL's numbers.
+FILTERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
 
 
 def _common(encoder: Any, kind: str) -> dict[str, Any]:
@@ -19,7 +21,7 @@ def _common(encoder: Any, kind: str) -> dict[str, Any]:
         "do_rescale": True,
         "do_normalize": True,
         "rescale_factor": 1 / 255,
-        "resample": BICUBIC,
+        "resample": FILTERS[encoder.resize.filter],
         "image_mean": list(encoder.mean),
         "image_std": list(encoder.std),
     }
@@ -27,14 +29,20 @@ def _common(encoder: Any, kind: str) -> dict[str, Any]:
 
 def _cropped(encoder: Any, kind: str) -> dict[str, Any]:
     """The shorter side to the encoder's, then the middle."""
-    height, width = encoder.size
+    height, width = encoder.resize.size(encoder)
     crop = {"do_center_crop": True, "crop_size": {"height": height, "width": width}}
-    return _common(encoder, kind) | {"size": {"shortest_edge": min(height, width)}} | crop
+    shortest = encoder.resize.shortest or min(height, width)
+    return _common(encoder, kind) | {"size": {"shortest_edge": shortest}} | crop
+
+
+def _padded(encoder: Any, kind: str) -> dict[str, Any]:
+    """A square of the mean colour to the encoder's size; only LLaVA's processor does so."""
+    return _cropped(encoder, "LlavaImageProcessor") | {"do_pad": True}
 
 
 def _squeezed(encoder: Any, kind: str) -> dict[str, Any]:
     """Both sides to the encoder's."""
-    height, width = encoder.size
+    height, width = encoder.resize.size(encoder)
     return _common(encoder, kind) | {"size": {"height": height, "width": width}}
 
 
@@ -52,10 +60,28 @@ def _largest(encoder: Any, kind: str) -> dict[str, Any]:
 
 
 def _between(encoder: Any, kind: str) -> dict[str, Any]:
-    """Sides between the published bounds' shares of the encoder's (Idefics2: 378 to 980)."""
-    longest = max(encoder.size)
-    bounds = {"longest_edge": longest, "shortest_edge": longest * 378 // 980}
-    return _common(encoder, kind) | {"size": bounds, "do_image_splitting": False}
+    """Sides between the bounds, or the published ones' shares of the encoder's (378 to 980)."""
+    how = encoder.resize
+    longest = how.longest or max(encoder.size)
+    bounds = {"longest_edge": longest, "shortest_edge": how.shortest or longest * 378 // 980}
+    split = how.mode == "quarters"
+    return _common(encoder, kind) | {"size": bounds, "do_image_splitting": split}
+
+
+def _pinpoints(encoder: Any, kind: str) -> dict[str, Any]:
+    """The whole picture, and tiles of the resolution that fits it best."""
+    resolutions = [list(one) for one in encoder.resize.pinpoints]
+    return _cropped(encoder, kind) | {"image_grid_pinpoints": resolutions}
+
+
+def _grid(encoder: Any, kind: str) -> dict[str, Any]:
+    """Tiles of the encoder's size, and the whole picture."""
+    tile = encoder.resize.size(encoder)[0]
+    return _common(encoder, kind) | {
+        "size": {"longest_edge": encoder.resize.longest or tile},
+        "max_image_size": {"longest_edge": tile},
+        "do_image_splitting": True,
+    }
 
 
 def _clip_or_siglip(encoder: Any, kind: str) -> dict[str, Any]:
@@ -85,6 +111,17 @@ PROCESSORS: Mapping[str, tuple[Callable[[Any, str], dict[str, Any]], str, str]] 
 }
 
 
+# The same by resize mode, where the preset says more than "squash"; transformers has no others.
+MODES = {
+    "crop": _cropped,
+    "pad": _padded,
+    "patches": _patches,
+    "bounds": _between,
+    "quarters": _between,
+    "pinpoints": _pinpoints,
+    "grid": _grid,
+}
+
 # Processors that count an image's placeholders themselves, from these fields.
 COUNTING = ("LlavaProcessor", "LlavaNextProcessor")
 
@@ -94,7 +131,10 @@ def written(model: Model, model_type: str) -> dict[str, dict[str, Any]]:
     if model_type not in PROCESSORS:
         return {}
     prepare, kind, processor = PROCESSORS[model_type]
-    found = {"preprocessor_config.json": prepare(model.encoder, kind)}
+    found, mode = {}, model.encoder.resize.mode
+    if mode == "squash" or mode in MODES:
+        prepared = MODES.get(mode, prepare)(model.encoder, kind)
+        found["preprocessor_config.json"] = prepared
     if processor:
         config: dict[str, Any] = {"processor_class": processor}
         if processor in COUNTING:

@@ -52,6 +52,7 @@ FREE = (
     "max_patches",
     "mean",
     "std",
+    "resize",
     "dropout",
     "drop_path",
     "window_in_blocks",
@@ -59,7 +60,7 @@ FREE = (
     "remat",
 )
 # Those of them that change nothing but how we compute and train.
-OURS = ("mean", "std", "dropout", "drop_path", "dtype", "remat")
+OURS = ("mean", "std", "resize", "dropout", "drop_path", "dtype", "remat")
 
 
 def decoder_rows(decoder: Any) -> list:

@@ -11,6 +11,7 @@ from typing import Any
 
 from vlm_jax.presets.encoder_sizes import CLIP_PIXELS
 from vlm_jax.presets.encoders import Encoder
+from vlm_jax.presets.resizing import Resize
 from vlm_jax.weights.families import vision
 from vlm_jax.weights.tables import Row, norm, placed
 
@@ -54,6 +55,7 @@ def read(hf: Mapping[str, Any]) -> Encoder:
         pre_norm=True,
         unbiased=("patch",),
         final_norm=False,
+        resize=Resize("crop"),
     )
 
 

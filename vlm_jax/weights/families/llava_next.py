@@ -1,6 +1,6 @@
 """LLaVA-NeXT (LLaVA 1.6): names of published LlavaNextForConditionalGeneration folders.
 
-A picture is an image of the batch per tile; `weights.anyres` says which of their visual tokens
+A picture is an image of the batch per tile; `presets.anyres` says which of their visual tokens
 stand in the sequence. The resolutions that pictures are fitted into are the host's matter: they
 stay in config.json.
 """
@@ -13,8 +13,9 @@ import numpy as np
 
 from vlm_jax.config import Model
 from vlm_jax.errors import ConfigError, DataError
+from vlm_jax.presets import anyres
 from vlm_jax.presets.connectors import feature_grid
-from vlm_jax.weights import anyres, fields
+from vlm_jax.weights import fields
 from vlm_jax.weights import inputs as inputs_
 from vlm_jax.weights.families import llava, llava_next_projector
 from vlm_jax.weights.tables import Row, placed

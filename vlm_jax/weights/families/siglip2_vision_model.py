@@ -11,6 +11,7 @@ from typing import Any
 
 from vlm_jax.errors import ConfigError
 from vlm_jax.presets.encoders import Encoder
+from vlm_jax.presets.resizing import Resize
 from vlm_jax.weights.families import siglip_vision_model as siglip
 from vlm_jax.weights.families import vision
 from vlm_jax.weights.tables import Row, linear, placed
@@ -43,6 +44,7 @@ def read(hf: Mapping[str, Any]) -> Encoder:
         image_size=side * found["patch_size"],
         max_patches=patches,
         position_resize="bilinear_antialias",
+        resize=Resize("patches", filter="bilinear"),
     )
 
 

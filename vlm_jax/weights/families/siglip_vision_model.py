@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlm_jax.presets.encoders import Encoder
+from vlm_jax.presets.resizing import SQUASH, Resize
 from vlm_jax.weights.families import vision
 from vlm_jax.weights.tables import Row, linear, norm, placed
 
@@ -61,10 +62,16 @@ def read(hf: Mapping[str, Any]) -> Encoder:
     Raises:
       ConfigError: it has a setting that we do not compute.
     """
-    return Encoder(**vision.fields(vision.filled(hf, DEFAULTS, FIXED)))
+    found = vision.filled(hf, DEFAULTS, FIXED)
+    left = found["image_size"] % found["patch_size"]
+    how = Resize(side=found["image_size"]) if left else SQUASH
+    return Encoder(**vision.fields(found), resize=how)
 
 
 def write(preset: Encoder) -> dict[str, Any]:
     """The vision_config of a preset; whether its folder has the head, computed or carried, is the
     system's to say: by default it has."""
-    return {"model_type": "siglip_vision_model", **vision.written(preset), **FIXED}
+    found = {"model_type": "siglip_vision_model", **vision.written(preset), **FIXED}
+    # With what is left of the last whole patch, as published.
+    whole = preset.resize.side and preset.table_grid == preset.grid
+    return found | ({"image_size": preset.resize.side} if whole else {})

@@ -1,0 +1,142 @@
+"""Pieces of a conversation, from left to right, and the tokens they become.
+
+Text between two images or special tokens is encoded as one piece, as the published recipes do, and
+a token is learned if the character at which it starts is: there is no second tokenisation whose
+lengths could disagree with the first.
+"""
+
+import bisect
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from vlm_jax.data.example import ImageRef
+from vlm_jax.data.layout import Layout, Stretch
+from vlm_jax.data.tokenizer import Tokenizer
+
+
+class ImageSpan(NamedTuple):
+    """Where an image of the batch begins: `start` in the tokens, `index` in the example."""
+
+    start: int
+    index: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Rendered:
+    """A conversation as the decoder reads it.
+
+    Attributes:
+      tokens: the placeholder id stands where a visual token will.
+      loss_weights: 1 on answers and their ends, 0 elsewhere.
+      image_spans: one for every image of the batch, in reading order.
+      visual_index: which visual token stands there, counted from the conversation's first; -1 =
+        none.
+      image_index: the last image at or before each token; -1 = none.
+    """
+
+    tokens: Int[np.ndarray, " T"]
+    loss_weights: Float[np.ndarray, " T"]
+    image_spans: tuple[ImageSpan, ...]
+    visual_index: Int[np.ndarray, " T"]
+    image_index: Int[np.ndarray, " T"]
+
+
+@dataclasses.dataclass(frozen=True)
+class View(ImageRef):
+    """A stretch of a picture, the first one or a later.
+
+    Attributes:
+      stretch: its place.
+      layout: of the picture.
+      first: whether the picture begins here.
+      number: of the picture in the conversation; None = it is the only one.
+    """
+
+    stretch: Stretch
+    layout: Layout
+    first: bool
+    number: int | None
+
+
+class Piece(NamedTuple):
+    value: str | int | View  # text, a token id, or a stretch of a picture
+    learned: bool = False
+    apart: bool = False  # from the text before it
+
+
+class Made:
+    """A conversation as far as it is rendered."""
+
+    def __init__(self):
+        self.tokens: list[int] = []
+        self.weights: list[float] = []
+        self.visual: list[int] = []
+        self.image: list[int] = []
+        self.spans: list[ImageSpan] = []
+        self.images = 0  # before the current picture
+
+    def add(self, ids: Sequence[int], weights: Sequence[float]) -> None:
+        self.tokens += ids
+        self.weights += weights
+        self.visual += [-1] * len(ids)
+        self.image += [-1] * len(ids)
+
+    def see(self, view: View, placeholder: int) -> None:
+        stretch, per_image = view.stretch, view.layout.visual_tokens
+        if view.first:
+            self.images = len(self.spans)
+        before, start = self.images, len(self.tokens)
+        self.add([placeholder] * len(stretch.visual), [0.0] * len(stretch.visual))
+        there = np.where(stretch.visual >= 0, stretch.visual + before * per_image, -1)
+        self.visual[start:] = there.tolist()
+        self.image[start:] = (stretch.image + before).tolist()
+        if view.first and not view.layout.visual_tokens:  # beside the text, not in it
+            self.spans += [ImageSpan(start, view.index)] * view.layout.images
+        for image, at in zip(*np.unique(stretch.image, return_index=True), strict=True):
+            if before + image == len(self.spans):
+                self.spans.append(ImageSpan(start + int(at), view.index))
+
+    def rendered(self) -> Rendered:
+        image = np.array(self.image, np.int32)
+        return Rendered(
+            tokens=np.array(self.tokens, np.int32),
+            loss_weights=np.array(self.weights, np.float32),
+            image_spans=tuple(self.spans),
+            visual_index=np.array(self.visual, np.int32),
+            image_index=np.maximum.accumulate(image) if len(image) else image,
+        )
+
+
+class Text:
+    """Neighbouring texts, encoded together."""
+
+    def __init__(self):
+        self.text, self.starts, self.learned = "", [], []
+
+    def add(self, piece: Piece):
+        self.starts.append(len(self.text))
+        self.learned.append(float(piece.learned))
+        self.text += piece.value
+
+    def encode(self, tokenizer: Tokenizer) -> tuple[list[int], list[float]]:
+        ids, starts = tokenizer.encode_with_starts(self.text)
+        return ids, [self.learned[bisect.bisect_right(self.starts, at) - 1] for at in starts]
+
+
+def joined(pieces: Iterator[Piece]) -> Iterator[Piece | Text]:
+    """Pieces with neighbouring texts joined, empty ones dropped."""
+    text = Text()
+    for piece in pieces:
+        if text.text and (piece.apart or not isinstance(piece.value, str)):
+            yield text
+            text = Text()
+        if not isinstance(piece.value, str):
+            yield piece
+        elif piece.value:
+            text.add(piece)
+    if text.text:
+        yield text
