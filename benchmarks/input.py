@@ -7,7 +7,8 @@
 Speed: one process on one core, the sides in turns over the same captioned pictures; images per
 second of the process's CPU clock, medians over rounds. `bare` decodes and resizes as the pipeline
 does and throws the pixels away; `vlm_jax` is the training stream of prepared shards: records,
-template, tokens, pixels, packing, batches of 8 rows. `webdataset` reads the same pictures from a
+template, tokens, pixels, packing, batches of one row of 8
+pictures. `webdataset` reads the same pictures from a
 tar, decodes and resizes with Pillow and normalises with numpy; `datasets` reads them from an Arrow
 table through transformers' SigLIP image processor (Pillow's backend). Neither makes tokens.
 Needs webdataset, datasets and transformers beside what a run needs; a side that is not
@@ -35,7 +36,7 @@ from vlm_jax.presets.connectors import resampler
 from vlm_jax.presets.decoders import decoder
 from vlm_jax.presets.encoder_sizes import published
 
-SIZE, ROWS, PICTURES = 384, 8, 256
+SIZE, BATCH, PICTURES = 384, 8, 1000
 ENCODER = published("siglip-b16", image_size=SIZE)
 
 # Yields the number of images of one batch after the other, without end.
@@ -45,7 +46,7 @@ Side = Callable[[Path], Iterator[int]]
 def bare(folder: Path) -> Iterator[int]:
     """Decode and resize alone."""
     for data in itertools.cycle(_jpegs(folder)):
-        images.fit(images.decode(data), ENCODER)
+        images.fit(images.picture(data), ENCODER)
         yield 1
 
 
@@ -70,7 +71,7 @@ def webdataset(folder: Path) -> Iterator[int]:
         .decode("pil")
         .to_tuple("jpg", "txt")
         .map_tuple(pixels, lambda text: text)
-        .batched(ROWS)
+        .batched(BATCH)
     )
     while True:
         for batch, _ in dataset:
@@ -95,7 +96,7 @@ def datasets(folder: Path) -> Iterator[int]:
 
     dataset = dataset.with_transform(processed)
     while True:
-        for batch in dataset.iter(ROWS):
+        for batch in dataset.iter(BATCH):
             yield len(batch["pixel_values"])
 
 
@@ -113,9 +114,9 @@ def config(corpus: c.Corpus, **data) -> c.Config:
     fields = {
         "corpora": {"own": corpus},
         "mixture": {"own": 1.0},
-        "rows": ROWS,
+        "rows": 1,
         "tokens": 640,
-        "images_per_row": 8,
+        "images_per_row": BATCH,
         "threads": 0,
     }
     return c.Config("input", model, c.Data(**{**fields, **data}))

@@ -1,6 +1,7 @@
 """A conversation under a chat template becomes tokens and their loss weights in one pass."""
 
 import dataclasses
+import functools
 import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -159,8 +160,13 @@ def _literal(
     if not template.specials:
         yield Piece(text, learned)
         return
-    for part in re.split("(" + "|".join(map(re.escape, template.specials)) + ")", text):
+    for part in _cut(text, template.specials):
         yield Piece(tokenizer.special(part) if part in template.specials else part, learned)
+
+
+@functools.lru_cache(maxsize=1024)  # templates have a few texts, and samples use them all
+def _cut(text: str, specials: tuple[str, ...]) -> list[str]:
+    return re.split("(" + "|".join(map(re.escape, specials)) + ")", text)
 
 
 def _said(

@@ -5,6 +5,7 @@ hidden under transparent pixels never bleeds into edges. Pictures without any ar
 """
 
 import copy
+import functools
 import math
 from collections.abc import Sequence
 
@@ -24,7 +25,9 @@ from vlm_jax.data.steps import Plan, Size
 from vlm_jax.presets.encoders import Encoder
 
 Picture = Image.Image | UInt8[np.ndarray, "h w 4"]
-Views = tuple[Float[np.ndarray, "h w 3"], ...]
+# Normalised; or, four times as small, bytes that `normalised` and `put_patches` have yet to.
+View = Float[np.ndarray, "h w 3"] | UInt8[np.ndarray, "h w 3"]
+Views = tuple[View, ...]
 
 
 def plans(
@@ -55,7 +58,9 @@ def see(
     augment: Augment | None = None,
     rng: np.random.Generator | None = None,
 ) -> tuple[Views, ...]:
-    """One picture, changed once, as each encoder sees it: its views, on a background, normalised.
+    """One picture, changed once, as each encoder sees it: its views, on a background.
+
+    Those of an opaque picture that is not repainted are bytes, see `normalised`.
 
     Args:
       picture: decoded, of the size that the plans were made for.
@@ -82,7 +87,7 @@ def fit(
     augment: Augment | None = None,
     rng: np.random.Generator | None = None,
 ) -> Float[np.ndarray, "H W 3"]:
-    """What an encoder sees of a picture that becomes one view; see `plans` and `see`."""
+    """What an encoder sees of a picture that becomes one view, normalised."""
     ((view,),) = fit_all(picture, (encoder,), augment, rng)
     return view
 
@@ -92,11 +97,48 @@ def fit_all(
     encoders: Sequence[Encoder],
     augment: Augment | None = None,
     rng: np.random.Generator | None = None,
-) -> tuple[Views, ...]:
-    """The views of several encoders; see `plans` and `see`."""
+) -> tuple[tuple[Float[np.ndarray, "h w 3"], ...], ...]:
+    """The views of several encoders, normalised; see `plans` and `see`."""
     image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
     made = plans((image.height, image.width), encoders, augment, rng)
-    return see(image, made, encoders, augment, rng)
+    seen = see(image, made, encoders, augment, rng)
+    return tuple(
+        tuple(normalised(view, encoder) for view in views)
+        for views, encoder in zip(seen, encoders, strict=True)
+    )
+
+
+def normalised(view: View, encoder: Encoder) -> Float[np.ndarray, "h w 3"]:
+    """A view as its encoder reads it."""
+    if view.dtype != np.uint8:
+        return view
+    height, width, _ = view.shape
+    scale, shift = _affine(encoder, width)
+    rgb = view.reshape(height, -1) * scale
+    rgb -= shift
+    return rgb.reshape(height, width, 3)
+
+
+def put_patches(view: View, encoder: Encoder, out: Float[np.ndarray, "P patch_dim"]) -> None:
+    """Writes a view's patches, normalised, as `patchify` orders them: without any copy between."""
+    rows, columns = grid_of(view, encoder.patch)
+    split = view.reshape(rows, encoder.patch, columns, -1).transpose(0, 2, 1, 3)
+    if view.dtype != np.uint8:
+        out.reshape(split.shape)[...] = split
+        return
+    scale, shift = _affine(encoder, encoder.patch**2)
+    # Line by line, so that what is written is still at hand when it is scaled.
+    for source, line in zip(split, out.reshape(rows, columns, -1), strict=True):
+        line.reshape(source.shape)[...] = source
+        line *= scale
+        line -= shift
+
+
+@functools.cache
+def _affine(encoder: Encoder, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """What bytes of a row are multiplied with, and what is taken off then."""
+    mean, std = np.asarray(encoder.mean), np.asarray(encoder.std)
+    return row(1 / (255 * std), width), row(mean / std, width)
 
 
 def _premultiplied(picture: Picture) -> Image.Image:
@@ -114,14 +156,11 @@ def _pixels(
     augment: Augment | None,
     rng: np.random.Generator | None,
     drawn: int,
-) -> Float[np.ndarray, "h w 3"]:
+) -> View:
     width, height = view.size
     mean, std = np.asarray(encoder.mean), np.asarray(encoder.std)
     if augment is None and view.mode == "RGB":
-        rgb = np.frombuffer(view.tobytes(), np.uint8).reshape(height, -1).astype(np.float32)
-        rgb *= row(1 / (255 * std), width)
-        rgb -= row(mean / std, width)
-        return rgb.reshape(height, width, 3)
+        return np.asarray(view)
     if augment is None:
         rgb = composite(view, np.eye(4, 3, dtype=np.float32), np.ones(3, np.float32))
     else:

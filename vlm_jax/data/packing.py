@@ -11,7 +11,7 @@ from vlm_jax.batch import Batch, Images
 from vlm_jax.config import Config
 from vlm_jax.data import filling
 from vlm_jax.data.documents import Document
-from vlm_jax.data.images import grid_of, patches_of, patchify
+from vlm_jax.data.images import grid_of, normalised, patches_of, put_patches
 from vlm_jax.presets.encoders import Encoder
 
 VERSION = 1  # raise it when the same documents would be packed otherwise
@@ -147,6 +147,8 @@ def assemble(rows: Sequence[Sequence[Document]], shape: Shape) -> Batch:
     batch = _empty(shape)
     for row, documents in enumerate(rows):
         _fill(batch, row, documents, shape)
+    for images in (batch.images, *batch.extra_images):
+        _clear(images)
     return batch
 
 
@@ -179,7 +181,7 @@ def _no_images(shape: Shape, encoder: Encoder, shared: int) -> Images:
     slots = (shape.rows, shape.images)
     grids = np.zeros((*slots, 2), np.int32)
     if encoder.reads == "pixels":
-        return Images(grids, pixels=np.zeros((*slots, *encoder.size, 3), np.float32))
+        return Images(grids, pixels=np.empty((*slots, *encoder.size, 3), np.float32))
     patches = shared or shape.images * encoder.patches
     places = np.zeros((shape.rows, patches, 2), np.int32)
     if not encoder.max_patches:
@@ -188,7 +190,7 @@ def _no_images(shape: Shape, encoder: Encoder, shared: int) -> Images:
         places[:] = np.tile(own, (shape.images, 1))
     return Images(
         grids,
-        patches=np.zeros((shape.rows, patches, encoder.patch**2 * 3), np.float32),
+        patches=np.empty((shape.rows, patches, encoder.patch**2 * 3), np.float32),
         patch_positions=places,
         patch_images=np.full((shape.rows, patches), -1, np.int32),
         starts=np.zeros(slots, np.int32) if shared else None,
@@ -222,6 +224,14 @@ def _fill(batch: Batch, row: int, documents: Sequence[Document], shape: Shape) -
         token, image = end, last_image
 
 
+def _clear(images: Images) -> None:
+    """Zeros where no image is. The rest was written once: these are a batch's largest arrays."""
+    if images.pixels is not None:
+        images.pixels[images.grids[..., 0] == 0] = 0
+    else:
+        images.patches[images.patch_images < 0] = 0
+
+
 def _shifted(index: np.ndarray, by: int) -> np.ndarray:
     return np.where(index >= 0, index + by, -1)
 
@@ -229,7 +239,7 @@ def _shifted(index: np.ndarray, by: int) -> np.ndarray:
 def _place(images: Images, row: int, slot: int, pixels: np.ndarray, encoder: Encoder) -> None:
     if images.pixels is not None:
         images.grids[row, slot] = encoder.grid
-        images.pixels[row, slot] = pixels
+        images.pixels[row, slot] = normalised(pixels, encoder)
         return
     grid = grid_of(pixels, encoder.patch)
     start, count = slot * encoder.patches, math.prod(grid)
@@ -243,6 +253,6 @@ def _place(images: Images, row: int, slot: int, pixels: np.ndarray, encoder: Enc
         )
     here = (row, slice(start, start + count))
     images.grids[row, slot] = grid
-    images.patches[here] = patchify(pixels, encoder.patch)
+    put_patches(pixels, encoder, images.patches[here])
     images.patch_positions[here] = np.indices(grid).reshape(2, -1).T
     images.patch_images[here] = slot
