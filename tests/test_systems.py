@@ -90,7 +90,7 @@ def test_every_variant_resolves_trains_what_it_says_and_is_built(file):
     for name in SYSTEMS:
         if name.partition(":")[0] == file:
             config = systems.config(name)
-            plan = adaptation.plan(params.abstract(config.model), config.adaptation)
+            plan = adaptation.of(config)
             optimizer.schedule(config.train)
             parts = systems.counts(config.model) | {"total": 0}
             parts["total"] = sum(parts.values())
@@ -124,7 +124,7 @@ def test_blip2_trains_what_its_paper_says(name):
 
 def test_minigpt4_trains_one_linear_layer():
     config = systems.config("minigpt4:13b")
-    plan = adaptation.plan(params.abstract(config.model), config.adaptation)
+    plan = adaptation.of(config)
     assert set(plan.lr) == {"connector/project/kernel", "connector/project/bias"}
 
 

@@ -258,15 +258,39 @@ class Rule:
 
     Attributes:
       pattern: regular expression, matched against the whole path.
-      mode: "full" trains, "frozen" does not.
+      mode: "full" trains, "frozen" does not. "lora" (Hu et al. 2022) and "dora" (Liu et al. 2024)
+        train adapters beside kernels that are frozen; they hold for kernels of linear layers
+        alone, and leave whatever else their pattern matches to later rules.
       lr: factor on the learning rate.
       weight_decay: factor on the weight decay.
+      rank: of an adapter's two matrices.
+      alpha: an adapter's product is scaled by alpha / rank.
+      dropout: share of the numbers dropped that go into an adapter.
+      rslora: scales by alpha / sqrt(rank) instead (Kalajdzievski 2023).
     """
 
     pattern: str
     mode: str = "full"
     lr: float = 1.0
     weight_decay: float = 1.0
+    rank: int = 0
+    alpha: float = 0.0
+    dropout: float = 0.0
+    rslora: bool = False
+
+    @property
+    def adapts(self) -> bool:
+        """Whether kernels stay as they are and adapters train beside them."""
+        return self.mode in ADAPTERS
+
+    @property
+    def scale(self) -> float:
+        """Factor of an adapter's product."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+ADAPTERS = ("lora", "dora")
+MODES = ("full", "frozen", *ADAPTERS)
 
 
 # Norm scales and biases are not decayed; everything trains. A batch norm's statistics have no
@@ -449,8 +473,8 @@ def check(config: Config) -> None:
         _require(fits, "data.text_tokens", data.text_tokens, expected)
     temperature = config.train.temperature
     _require(temperature > 0, "train.temperature", temperature, "more than 0")
-    for rule in config.adaptation:
-        _require(rule.mode in ("full", "frozen"), "adaptation", rule.mode, "full or frozen")
+    for i, rule in enumerate(config.adaptation):
+        _check_rule(rule, f"adaptation[{i}]")
     if data.images:
         _require(model.encoder is not None, "model.encoder", None, "an encoder, with data.images")
         _require(
@@ -459,6 +483,18 @@ def check(config: Config) -> None:
             data.tokens,
             f"room for an image's {model.image_positions} visual tokens and text",
         )
+
+
+def _check_rule(rule: Rule, path: str) -> None:
+    _require(rule.mode in MODES, f"{path}.mode", rule.mode, f"one of {', '.join(MODES)}")
+    if not rule.adapts:
+        for field in ("rank", "alpha", "dropout", "rslora"):
+            value = getattr(rule, field)
+            _require(not value, f"{path}.{field}", value, f"0: the rule is {rule.mode}")
+        return
+    _require(rule.rank > 0, f"{path}.rank", rule.rank, "at least 1")
+    _require(0 < rule.alpha < math.inf, f"{path}.alpha", rule.alpha, "more than 0")
+    _require(0 <= rule.dropout < 1, f"{path}.dropout", rule.dropout, "at least 0 and less than 1")
 
 
 def _check_mixtures(data: Data) -> None:

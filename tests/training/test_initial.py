@@ -35,7 +35,7 @@ def test_parts_come_from_their_folders_and_frozen_ones_keep_their_dtype(tmp_path
         init=(configs.Init(str(tmp_path / "tower"), "decoder"),),
         adaptation=(configs.Rule(r"decoder/stack/.*", mode="frozen"), configs.Rule(r".*")),
     )
-    plan = adaptation.plan(params.abstract(config.model), config.adaptation)
+    plan = adaptation.of(config)
     made = mesh.make(configs.Parallel(data=1, fsdp=2), jax.devices()[:2])
     state = states.create(config, plan, made)
     assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), state) == jax.tree.map(
@@ -61,6 +61,6 @@ def test_a_folder_of_another_model_is_refused(part, changes, message, tmp_path):
     other = dataclasses.replace(config.model.decoder, **changes)
     folder(tmp_path / "tower", configs.Model(decoder=other))
     config = dataclasses.replace(config, init=(configs.Init(str(tmp_path / "tower"), part),))
-    plan = adaptation.plan(params.abstract(config.model), config.adaptation)
+    plan = adaptation.of(config)
     with pytest.raises(ConfigError, match=message):
         states.create(config, plan, mesh.make(configs.Parallel(), jax.devices()[:1]))
