@@ -306,7 +306,8 @@ class Init:
     """Where a part of a new run's parameters comes from.
 
     Attributes:
-      folder: what `python -m vlm_jax.convert import` wrote.
+      folder: what `python -m vlm_jax.convert import` wrote; or an adapter in PEFT's format, for the
+        part that an entry above it names.
       part: which parameters: "encoder", "connector", "decoder", "extra_encoders/0"; "" = all.
       source: what the part is called in that folder, if otherwise.
     """

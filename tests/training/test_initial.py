@@ -9,11 +9,11 @@ import tiny
 
 from vlm_jax import config as configs
 from vlm_jax.errors import ConfigError
-from vlm_jax.models import params
+from vlm_jax.models import adapters, params
 from vlm_jax.parallel import mesh
 from vlm_jax.training import adaptation
 from vlm_jax.training import state as states
-from vlm_jax.weights import files, store
+from vlm_jax.weights import files, peft, store
 
 
 def folder(path, model, dtype=np.float16) -> dict[str, np.ndarray]:
@@ -64,3 +64,36 @@ def test_a_folder_of_another_model_is_refused(part, changes, message, tmp_path):
     plan = adaptation.of(config)
     with pytest.raises(ConfigError, match=message):
         states.create(config, plan, mesh.make(configs.Parallel(), jax.devices()[:1]))
+
+
+def test_an_adapter_of_peft_goes_on_training(tmp_path):
+    tower = configs.Model(decoder=tiny.MODEL.decoder)
+    rules = (
+        configs.Rule(r"decoder/.*", "dora", rank=2, alpha=3.0),
+        configs.Rule(r".*", "frozen"),
+    )
+    base, adapter = str(tmp_path / "tower"), str(tmp_path / "adapter")
+    config = tiny.config(adaptation=rules, init=(configs.Init(base, "decoder"),))
+    leaves = folder(tmp_path / "tower", tower, np.float32)
+    plan, rng = adaptation.of(config), np.random.default_rng(1)
+    own = {
+        path: rng.normal(size=leaf.shape).astype(np.float32)
+        for path, leaf in plan.shapes.items()
+        if adapters.is_leaf(path)
+    }
+    own |= {path: np.full_like(leaf, 1.5) for path, leaf in own.items() if path.endswith("_scale")}
+    peft.write(tmp_path / "adapter", tower, "llama", leaves | own)
+    both = (*config.init, configs.Init(adapter, "decoder"))
+    mesh_ = mesh.make(configs.Parallel(data=1, fsdp=2), jax.devices()[:2])
+    state = states.create(dataclasses.replace(config, init=both), plan, mesh_)
+    for path, leaf in (leaves | own).items():
+        np.testing.assert_array_equal(state.evaluated()[path], leaf)
+
+    def refused(message, **changes):
+        changed = dataclasses.replace(config, **{"init": both} | changes)
+        with pytest.raises(ConfigError, match=message):
+            states.abstract(changed, adaptation.of(changed), mesh_)
+
+    refused("above it with the model that it adapts", init=both[1:])
+    refused("adaptation makes .*rank", adaptation=(dataclasses.replace(rules[0], rank=3), rules[1]))
+    refused("the adapter's alpha", adaptation=(dataclasses.replace(rules[0], alpha=4), rules[1]))
