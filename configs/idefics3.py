@@ -1,9 +1,8 @@
 """Idefics3 8B (Laurençon et al. 2024, arXiv 2408.12637): SigLIP-SO400M at 364 px, pixel shuffle and
 one linear layer, Llama 3.1 8B.
 
-Its tiles of larger pictures are left to data, which makes none yet; LoRA is not here: all of it
-trains. Rate, batch and warm-up are the m4 trainer's for SmolVLM, which then falls linearly, not as
-a cosine.
+Its tiles of larger pictures are left to data, which makes none yet; all of it trains. Rate, batch
+and warm-up are the m4 trainer's for SmolVLM, which then falls linearly, not as a cosine.
 """
 
 from configs import common

@@ -93,7 +93,11 @@ def test_a_run_that_began_at_random_names_its_family(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (["impart", "a", "b"], 78, "unknown command 'impart'; expected import, export, adapter, check"),
+        (
+            ["impart", "a", "b"],
+            78,
+            "unknown command 'impart'; expected import, export, adapter, check",
+        ),
         (["import", "a"], 78, "import was given 1 words; expected SOURCE DIR"),
         (["import", "nowhere", "b"], 65, "nowhere does not exist"),
     ],

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -104,7 +105,7 @@ def test_evaluation_sees_the_adapters_and_merging_changes_nothing():
     assert merged.keys() == params.abstract(tiny.MODEL).keys()
     np.testing.assert_allclose(loss(merged), loss(flat), rtol=1e-5)
     plain = {path: leaf for path, leaf in flat.items() if not adapters.is_leaf(path)}
-    assert abs(loss(plain) - loss(flat)) > 1e-3
+    assert abs(loss(plain) - loss(flat)) > 1e-4
 
 
 def test_fresh_adapters_change_nothing():
@@ -177,7 +178,7 @@ def test_a_frozen_tower_below_all_training_costs_no_backward_pass():
     def added(adaptation):
         costs = []
         for depth in (2, 6):
-            encoder = dataclasses.replace(tiny.MODEL.encoder, depth=depth)
+            encoder = dataclasses.replace(tiny.MODEL.encoder, depth=depth, remat=False)
             model = dataclasses.replace(tiny.MODEL, encoder=encoder)
             costs.append(flops(tiny.config(model, adaptation=adaptation)))
         return costs[1] - costs[0]
@@ -190,28 +191,21 @@ def test_a_frozen_tower_below_all_training_costs_no_backward_pass():
 
 @pytest.mark.slow
 def test_no_gradient_as_large_as_a_kernel_is_made():
-    """The compiled step that trains everything holds one more copy of the decoder's kernels."""
-    wide = dataclasses.replace(
-        tiny.MODEL.decoder,
-        width=96,
-        mlp=224,
-        depth=12,
-        heads=4,
-        kv_heads=4,
-        head_dim=24,
-        remat=True,
-    )
+    """In the compiled step a stack's frozen kernels are handed on and copied out, nothing else."""
+    wide = dataclasses.replace(tiny.MODEL.decoder, width=24, mlp=56, depth=12, heads=4, kv_heads=4)
     model = dataclasses.replace(tiny.MODEL, decoder=wide)
-    kernels = sum(
-        4 * leaf.size
+    shapes = {
+        f"f32[{','.join(map(str, leaf.shape))}]"
         for path, leaf in params.abstract(model).items()
         if path.startswith("decoder/stack/") and path.endswith("kernel")
-    )
-    taken = {
-        name: compiled(tiny.config(model, adaptation=rules)).memory_analysis().temp_size_in_bytes
-        for name, rules in {"lora": ABOVE, "full": (Rule(".*"),)}.items()
     }
-    assert taken["full"] - taken["lora"] > 0.8 * kernels, (taken, kernels)
+    made = {}
+    for name, rules in {"lora": ABOVE, "full": (Rule(".*"),)}.items():
+        text = compiled(tiny.config(model, adaptation=rules)).as_text()
+        found = re.findall(r"= (f32\[[\d,]+\])\S* ([\w-]+)\(", text)
+        made[name] = {operation for shape, operation in found if shape in shapes}
+    assert made["lora"] <= {"parameter", "get-tuple-element", "copy", "bitcast"}
+    assert {"dynamic-update-slice", "multiply", "sqrt"} <= made["full"]  # gradients, moments
 
 
 def test_lora_of_a_135m_decoder_holds_under_a_twentieth_of_gradients_and_state():

@@ -13,6 +13,7 @@ from vlm_jax.models import adapters, params
 from vlm_jax.parallel import mesh
 from vlm_jax.training import adaptation
 from vlm_jax.training import state as states
+from vlm_jax.training import step as steps
 from vlm_jax.weights import files, peft, store
 
 
@@ -97,3 +98,25 @@ def test_an_adapter_of_peft_goes_on_training(tmp_path):
     refused("above it with the model that it adapts", init=both[1:])
     refused("adaptation makes .*rank", adaptation=(dataclasses.replace(rules[0], rank=3), rules[1]))
     refused("the adapter's alpha", adaptation=(dataclasses.replace(rules[0], alpha=4), rules[1]))
+
+
+def test_added_tokens_train_while_the_table_that_they_extend_stays_frozen(tmp_path):
+    leaves = folder(tmp_path / "tower", configs.Model(decoder=tiny.MODEL.decoder), np.float32)
+    larger = dataclasses.replace(tiny.MODEL.decoder, added=3)
+    config = tiny.config(
+        dataclasses.replace(tiny.MODEL, decoder=larger),
+        init=(configs.Init(str(tmp_path / "tower"), "decoder"),),
+        adaptation=(configs.Rule(r"decoder/added_.*"), configs.Rule(r".*", mode="frozen")),
+    )
+    run = tiny.prepared(config)
+    state = states.create(config, run.plan, run.mesh)
+    before = np.array(state.trainable["decoder/added_embedding"])
+    batch = tiny.batch(0)
+    tokens = batch.tokens.copy()
+    tokens[:, 1::3] = tiny.VOCAB + 1
+    batch = batch._replace(tokens=tokens)
+    for _ in range(3):
+        state, _ = run.step(state, steps.place(batch, run.mesh))
+    assert state.trainable.keys() == {"decoder/added_embedding"}
+    assert not np.array_equal(before[1], state.trainable["decoder/added_embedding"][1])
+    np.testing.assert_array_equal(state.frozen["decoder/embedding"], leaves["decoder/embedding"])

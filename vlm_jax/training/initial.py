@@ -4,6 +4,7 @@ A folder of PEFT gives its adapters, and what was trained beside them, to the pa
 above it has filled.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from vlm_jax.errors import ConfigError
 from vlm_jax.models import adapters, params
 from vlm_jax.training import adaptation
 from vlm_jax.weights import peft, store
+
+# What `presets.decoders.Decoder.added` adds to a vocabulary: drawn where the folder has none.
+ADDED = re.compile(r"decoder/added_(embedding|output/kernel)")
 
 
 def shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
@@ -67,7 +71,9 @@ def _sources(
         if not paths:
             raise ConfigError(f"config.init: the model has no part {init.part!r}")
         stored = store.open_model(_folder(init))
-        yield init, stored, {path: source + path.removeprefix(prefix) for path in paths}
+        pairs = {path: source + path.removeprefix(prefix) for path in paths}
+        there = stored.parameters.tensors
+        yield init, stored, {p: t for p, t in pairs.items() if t in there or not ADDED.fullmatch(p)}
 
 
 def _folder(init: Init) -> Path:
