@@ -6,6 +6,7 @@ module per layer where ours stacks them.
 """
 
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -220,7 +221,7 @@ def read(folder: Path, model: Model, model_type: str) -> Arrays:
         used.update(there)
         found[path] = _stacked(row, [_ours(model, path, row, source.read(name)) for name in there])
         if path.endswith(f"/{adapters.A}"):
-            scales = [np.float32(_scale(config, name, source.shapes[name][0])) for name in there]
+            scales = [np.float32(_scale(config, name, source.shapes[name])) for name in there]
             found[adapters.beside(row.ours, adapters.SCALE)] = _stacked(row, scales)
     left = sorted(set(source.shapes) - used)
     if left:
@@ -228,7 +229,28 @@ def read(folder: Path, model: Model, model_type: str) -> Arrays:
             f"{folder}: {len(left)} tensors are of no layer of the {model_type} that an adapter "
             f"may have, the first of them {left[0]}"
         )
+    _refuse_misfits(folder, model, found)
     return found
+
+
+def _refuse_misfits(folder: Path, model: Model, found: Arrays) -> None:
+    """Raises DataError unless every adapter is whole and fits its kernel."""
+    flat, inputs = params.abstract(model), params.linears(model)
+    adapted = {path.rpartition("/")[0] for path in found if adapters.is_leaf(path)}
+    for kernel in sorted(f"{layer}/{adapters.KERNEL}" for layer in adapted):
+        a = found.get(adapters.beside(kernel, adapters.A))
+        spec = adapters.Spec(0 if a is None else a.shape[-1], 1.0, magnitude=True)
+        stacked = "/stack/blocks/" in kernel
+        for name, leaf in adapters.shapes(spec, flat[kernel], inputs[kernel], stacked).items():
+            given = found.get(adapters.beside(kernel, name))
+            if given is None and name == adapters.MAGNITUDE:
+                continue
+            if given is None or given.shape != leaf.shape:
+                shape = "nothing" if given is None else given.shape
+                raise DataError(
+                    f"{folder} has {shape} for {adapters.beside(kernel, name)}; expected "
+                    f"{leaf.shape}: is it another model's?"
+                )
 
 
 def _refuse_unknown(folder: Path, config: Mapping[str, Any]) -> None:
@@ -282,8 +304,9 @@ def _stacked(row: Row, layers: list) -> np.ndarray:
     return np.stack(layers) if "{}" in row.theirs else np.asarray(layers[0])
 
 
-def _scale(config: Mapping[str, Any], name: str, rank: int) -> float:
-    """Factor of the product of A and B of a module."""
+def _scale(config: Mapping[str, Any], name: str, a: tuple[int, ...]) -> float:
+    """Factor of the product of A and B of a module, given the shape of its A."""
+    rank = max((*a, 1)[0], 1)
     module = name.removeprefix(PREFIX).removesuffix("." + NAMES[adapters.A])
     patterns = config.get("alpha_pattern") or {}
     try:
@@ -291,4 +314,6 @@ def _scale(config: Mapping[str, Any], name: str, rank: int) -> float:
         alpha = float(patterns.get(next(matches, None), config.get("lora_alpha", 8)))
     except (re.error, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{CONFIG}: the alpha of {module} cannot be read: {error}") from error
+    if not 0 < alpha < math.inf:
+        raise DataError(f"{CONFIG}: the alpha of {module} is {alpha}; expected more than 0")
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)
