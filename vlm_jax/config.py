@@ -260,12 +260,13 @@ class Rule:
       pattern: regular expression, matched against the whole path.
       mode: "full" trains, "frozen" does not. "lora" (Hu et al. 2022) and "dora" (Liu et al. 2024)
         train adapters beside kernels that are frozen; they hold for kernels of linear layers
-        alone, and leave whatever else their pattern matches to later rules.
+        alone, and leave whatever else their pattern matches to later rules. So does "bottleneck",
+        an adapter that follows the layer (Houlsby et al. 2019).
       lr: factor on the learning rate.
       weight_decay: factor on the weight decay.
-      rank: of an adapter's two matrices.
-      alpha: an adapter's product is scaled by alpha / rank.
-      dropout: share of the numbers dropped that go into an adapter.
+      rank: of an adapter's two matrices; width of a bottleneck.
+      alpha: the product of LoRA and DoRA is scaled by alpha / rank.
+      dropout: share of the numbers dropped that go into that product.
       rslora: scales by alpha / sqrt(rank) instead (Kalajdzievski 2023).
     """
 
@@ -289,7 +290,13 @@ class Rule:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
-ADAPTERS = ("lora", "dora")
+ADAPTERS = ("lora", "dora", "bottleneck")
+# Fields that are 0 in rules of other modes.
+FIELDS = {
+    "lora": ("rank", "alpha", "dropout", "rslora"),
+    "dora": ("rank", "alpha", "dropout", "rslora"),
+    "bottleneck": ("rank",),
+}
 MODES = ("full", "frozen", *ADAPTERS)
 
 
@@ -488,13 +495,14 @@ def check(config: Config) -> None:
 
 def _check_rule(rule: Rule, path: str) -> None:
     _require(rule.mode in MODES, f"{path}.mode", rule.mode, f"one of {', '.join(MODES)}")
-    if not rule.adapts:
-        for field in ("rank", "alpha", "dropout", "rslora"):
-            value = getattr(rule, field)
-            _require(not value, f"{path}.{field}", value, f"0: the rule is {rule.mode}")
-        return
-    _require(rule.rank > 0, f"{path}.rank", rule.rank, "at least 1")
-    _require(0 < rule.alpha < math.inf, f"{path}.alpha", rule.alpha, "more than 0")
+    read = FIELDS.get(rule.mode, ())
+    for field in FIELDS["lora"]:
+        value = getattr(rule, field)
+        expected = f"0: the rule is {rule.mode}"
+        _require(field in read or not value, f"{path}.{field}", value, expected)
+    _require("rank" not in read or rule.rank > 0, f"{path}.rank", rule.rank, "at least 1")
+    scaled = "alpha" not in read or 0 < rule.alpha < math.inf
+    _require(scaled, f"{path}.alpha", rule.alpha, "more than 0")
     _require(0 <= rule.dropout < 1, f"{path}.dropout", rule.dropout, "at least 0 and less than 1")
 
 

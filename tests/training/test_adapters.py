@@ -241,7 +241,9 @@ def test_a_rule_that_matches_no_kernel_is_refused(rule, message):
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        (Rule(".*", "qlora"), "mode is 'qlora'; expected one of full, frozen, lora, dora"),
+        (Rule(".*", "qlora"), "mode is 'qlora'; expected one of full, frozen, lora, dora, bottle"),
+        (Rule(".*", "bottleneck", rank=2, alpha=2.0), "alpha is 2.0; expected 0: the rule is bot"),
+        (Rule(".*", "bottleneck"), "rank is 0; expected at least 1"),
         (Rule(".*", "lora", alpha=2.0), "rank is 0; expected at least 1"),
         (Rule(".*", "lora", rank=2), "alpha is 0.0; expected more than 0"),
         (Rule(".*", "dora", rank=2, alpha=2.0, dropout=1.0), "dropout is 1.0"),
@@ -264,3 +266,45 @@ def test_adapters_lie_where_their_kernels_do():
     assert params.axes(f"{block}attention/out/lora_a") == ("layers", "heads", None)
     assert params.axes(f"{block}mlp/down/magnitude") == ("layers", "embed")
     assert params.axes("encoder/stem/embed/lora_b") == (None, "embed")
+
+
+# Houlsby's places: what comes out of attention and of the feed-forward part.
+HOULSBY = (
+    Rule(r"(encoder|decoder)/.*(attention/out|mlp/down)/kernel", "bottleneck", rank=3),
+    Rule(r".*", "frozen"),
+)
+
+
+def test_bottlenecks_follow_their_layers_and_start_near_nothing():
+    config = tiny.config(adaptation=HOULSBY)
+    state = tiny.prepared(config).create()
+    path = "decoder/stack/blocks/mlp/down/"
+    leaves = {name: state.trainable[path + name] for name in adapters.BOTTLENECK}
+    assert {name: leaf.shape for name, leaf in leaves.items()} == {
+        adapters.DOWN: (2, 16, 3),
+        adapters.DOWN_BIAS: (2, 3),
+        adapters.UP: (2, 3, 16),
+        adapters.UP_BIAS: (2, 16),
+    }
+    rng = np.random.default_rng(0)
+    drawn = {name: jnp.asarray(rng.normal(size=leaf.shape[1:])) for name, leaf in leaves.items()}
+    y = jnp.asarray(rng.normal(size=(2, 5, 16)), jnp.float32)
+    inner = jax.nn.gelu(y @ drawn[adapters.DOWN] + drawn[adapters.DOWN_BIAS], approximate=False)
+    wanted = y + inner @ drawn[adapters.UP] + drawn[adapters.UP_BIAS]
+    np.testing.assert_allclose(adapters.Bottleneck(drawn)(y), wanted, rtol=1e-5, atol=1e-5)
+    start = adapters.Bottleneck({name: leaf[0] for name, leaf in leaves.items()})(y)
+    assert 0 < np.abs(start - y).max() < 1e-4
+    with pytest.raises(ConfigError, match="cannot be merged"):
+        adapters.merged(state.evaluated())
+
+
+def test_bottlenecks_train_alone_and_alike_on_any_mesh():
+    one, first = trained(tiny.config(adaptation=HOULSBY), 8)
+    four, _ = trained(tiny.config(adaptation=HOULSBY, parallel=Parallel(data=2, tensor=2)), 8, 4)
+    np.testing.assert_allclose(one, four, rtol=1e-5)
+    start = tiny.prepared(tiny.config(adaptation=HOULSBY)).create()
+    assert all(path.rpartition("/")[2] in adapters.BOTTLENECK for path in first.trainable)
+    for path, leaf in first.trainable.items():
+        assert not np.array_equal(leaf, start.trainable[path]), path
+    for path, leaf in first.frozen.items():
+        assert np.array_equal(leaf, start.frozen[path])

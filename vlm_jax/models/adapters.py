@@ -1,10 +1,12 @@
-"""LoRA and DoRA: what stands beside the kernel of a linear layer and trains in its place.
+"""Adapters: what stands beside the kernel of a linear layer and trains in its place.
 
 Beside ".../query/kernel" stand the leaves ".../query/lora_a" and so on, so that a flat dict of
-parameters says by itself which layers are adapted. The product with A and B is added to the
-layer's own (Hu et al. 2022), never to its kernel: then the input can be dropped from, and no
-gradient as large as the kernel is ever made. Below a stack all leaves have the layers as first
-axis. D and F are what goes into the layer and comes out, heads and all; R is the rank.
+parameters says by itself which layers are adapted. With LoRA and DoRA the product with A and B is
+added to the layer's own (Hu et al. 2022), never to its kernel: then the input can be dropped from,
+and no gradient as large as the kernel is ever made. A bottleneck (Houlsby et al. 2019) follows the
+layer: two matrices with an activation between them, and a residual around them. Below a stack all
+leaves have the layers as first axis. D and F are what goes into the layer and comes out, heads and
+all; R is the rank.
 """
 
 import dataclasses
@@ -17,11 +19,18 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from vlm_jax.models.layers import Linear, drop
+from vlm_jax.errors import ConfigError
+from vlm_jax.models.layers import ACTIVATIONS, Linear, drop
 
 KERNEL = "kernel"
 A, B, SCALE, MAGNITUDE = "lora_a", "lora_b", "lora_scale", "magnitude"
-LEAVES = (A, B, SCALE, MAGNITUDE)
+LORA = (A, B, SCALE, MAGNITUDE)
+DOWN, DOWN_BIAS, UP, UP_BIAS = (f"bottleneck_{x}" for x in ("down", "down_bias", "up", "up_bias"))
+BOTTLENECK = (DOWN, DOWN_BIAS, UP, UP_BIAS)
+LEAVES = LORA + BOTTLENECK
+NEAR_ZERO = (
+    1e-3  # deviation that Houlsby's matrices start from, so that they change next to nothing
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,11 +41,13 @@ class Spec:
       rank: R.
       scale: factor of the product with A and B.
       magnitude: whether columns are rescaled to a learned length (DoRA).
+      bottleneck: whether it follows the layer instead, R wide.
     """
 
     rank: int
     scale: float
     magnitude: bool = False
+    bottleneck: bool = False
 
 
 def beside(kernel: str, leaf: str) -> str:
@@ -49,9 +60,9 @@ def is_leaf(path: str) -> bool:
     return path.rpartition("/")[2] in LEAVES
 
 
-def kernels(flat: Iterable[str]) -> list[str]:
-    """Paths of the kernels that have adapters."""
-    return [path.removesuffix(A) + KERNEL for path in flat if path.endswith(f"/{A}")]
+def kernels(flat: Iterable[str], leaf: str = A) -> list[str]:
+    """Paths of the kernels that have LoRA or DoRA, or with `leaf=DOWN` a bottleneck."""
+    return [path.removesuffix(leaf) + KERNEL for path in flat if path.endswith(f"/{leaf}")]
 
 
 def shapes(
@@ -67,8 +78,12 @@ def shapes(
     """
     lead, rest = kernel.shape[:stacked], kernel.shape[stacked:]
     fan_in, fan_out = math.prod(rest[:axes]), math.prod(rest[axes:])
-    found = {A: (fan_in, spec.rank), B: (spec.rank, fan_out), SCALE: ()}
-    found |= {MAGNITUDE: (fan_out,)} if spec.magnitude else {}
+    if spec.bottleneck:
+        matrices = (fan_out, spec.rank), (spec.rank,), (spec.rank, fan_out), (fan_out,)
+        found = dict(zip(BOTTLENECK, matrices, strict=True))
+    else:
+        found = {A: (fan_in, spec.rank), B: (spec.rank, fan_out), SCALE: ()}
+        found |= {MAGNITUDE: (fan_out,)} if spec.magnitude else {}
     return {
         name: jax.ShapeDtypeStruct((*lead, *shape), jnp.float32) for name, shape in found.items()
     }
@@ -77,11 +92,18 @@ def shapes(
 def init(
     spec: Spec, leaves: Mapping[str, jax.ShapeDtypeStruct], kernel: Float[Array, "..."], key: Array
 ) -> dict[str, Array]:
-    """An adapter that changes nothing yet, drawn as `peft` draws it.
+    """An adapter that changes nothing yet, or next to nothing, drawn as its authors do.
 
-    A is uniform within one over the root of D (torch's Kaiming with a = sqrt 5), B is 0, and the
-    magnitudes are the lengths of the kernel's columns.
+    As in `peft`, A is uniform within one over the root of D (torch's Kaiming with a = sqrt 5), B is
+    0, and the magnitudes are the lengths of the kernel's columns.
     """
+    if spec.bottleneck:
+        keys = jax.random.split(key)
+        found = {name: jnp.zeros(leaf.shape) for name, leaf in leaves.items()}
+        for name, own in zip((DOWN, UP), keys):
+            noise = jax.random.truncated_normal(own, -2, 2, leaves[name].shape)
+            found[name] = NEAR_ZERO * noise
+        return found
     bound = 1 / math.sqrt(leaves[A].shape[-2])
     found = {
         A: jax.random.uniform(key, leaves[A].shape, minval=-bound, maxval=bound),
@@ -99,10 +121,19 @@ def keyed(key: Array, path: str) -> Array:
 
 
 def merged(flat: Mapping[str, Array]) -> dict[str, Array]:
-    """The parameters without adapters: each kernel does what both did, in the kernel's dtype."""
+    """The parameters without adapters: each kernel does what both did, in the kernel's dtype.
+
+    Raises:
+      ConfigError: there is a bottleneck, which no kernel can do the work of.
+    """
+    if kernels(flat, DOWN):
+        raise ConfigError(
+            f"{kernels(flat, DOWN)[0]} is followed by a bottleneck adapter, which cannot be merged "
+            "into it: expected LoRA or DoRA, to be exported"
+        )
     found = {path: leaf for path, leaf in flat.items() if not is_leaf(path)}
     for path in kernels(flat):
-        found[path] = _merged(flat[path], {name: flat.get(beside(path, name)) for name in LEAVES})
+        found[path] = _merged(flat[path], {name: flat.get(beside(path, name)) for name in LORA})
     return found
 
 
@@ -166,6 +197,24 @@ class Lora(nnx.Module):
         return _lengths(jax.lax.stop_gradient(kernel).astype(jnp.float32) + _update(*leaves))
 
 
+class Bottleneck(nnx.Module):
+    """A bottleneck behind its layer, of the leaves by name."""
+
+    def __init__(self, leaves: Mapping[str, Array]):
+        self.down, self.down_bias, self.up, self.up_bias = (
+            nnx.Param(leaves[name]) for name in BOTTLENECK
+        )
+
+    def __call__(self, y: Float[Array, "..."]) -> Float[Array, "..."]:
+        """What follows from the layer's whole result, whose last axes are F numbers."""
+        down, down_bias, up, up_bias = (
+            leaf[...].astype(y.dtype) for leaf in (self.down, self.down_bias, self.up, self.up_bias)
+        )
+        flat = y.reshape(-1, len(down))
+        inner = ACTIVATIONS["gelu"](flat @ down + down_bias)
+        return y + (inner @ up + up_bias).reshape(y.shape)
+
+
 def attach(
     module: nnx.Module,
     flat: Mapping[str, Array],
@@ -186,7 +235,7 @@ def attach(
       ValueError: there is no linear layer at a path, or its kernel has another size.
     """
     for path in kernels(flat):
-        leaves = {name: flat[p] for name in LEAVES if (p := beside(path, name)) in flat}
+        leaves = {name: flat[p] for name in LORA if (p := beside(path, name)) in flat}
         layer = _layer(module, path)
         whole, (*lead, fan_in, _), fan_out = layer.kernel.size, leaves[A].shape, leaves[B].shape[-1]
         if whole != math.prod(lead) * fan_in * fan_out:
@@ -198,6 +247,9 @@ def attach(
         if own is not None and lead:
             own = jax.random.split(own, lead[0])
         layer.adapter = nnx.data(Lora(leaves, (rates or {}).get(path, 0.0), own))
+    for path in kernels(flat, DOWN):
+        layer = _layer(module, path)
+        layer.after = nnx.data(Bottleneck({name: flat[beside(path, name)] for name in BOTTLENECK}))
 
 
 def _layer(module: nnx.Module, kernel: str) -> Linear:

@@ -78,6 +78,10 @@ def _adapter_axes(leaf: str, kernel: tuple, stacked: bool) -> tuple[str | None, 
         adapters.B: (None, last),
         adapters.SCALE: (),
         adapters.MAGNITUDE: (last,),
+        adapters.DOWN: (last, None),
+        adapters.DOWN_BIAS: (None,),
+        adapters.UP: (None, last),
+        adapters.UP_BIAS: (last,),
     }
     return *layers, *own[leaf]
 

@@ -64,7 +64,12 @@ class Plan:
     @property
     def weight_decay(self) -> dict[str, float]:
         """Factor on the weight decay of each trainable path."""
-        return {path: self.rule(path).weight_decay for path in self.rule_of if self.trains(path)}
+        biases = (adapters.DOWN_BIAS, adapters.UP_BIAS)
+        return {
+            path: 0.0 if path.endswith(biases) else self.rule(path).weight_decay
+            for path in self.rule_of
+            if self.trains(path)
+        }
 
     @property
     def dropout(self) -> dict[str, float]:
@@ -111,7 +116,7 @@ def plan(
     _refuse_idle_rules(rules, patterns, rule_of, linears)
     shapes = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in flat.items()}
     specs = {
-        path: Spec(rule.rank, rule.scale, rule.mode == "dora")
+        path: Spec(rule.rank, rule.scale, rule.mode == "dora", rule.mode == "bottleneck")
         for path in flat
         if (rule := rules[rule_of[path]]).adapts
     }

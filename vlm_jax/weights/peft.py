@@ -73,6 +73,8 @@ def write(
       ConfigError: there is no adapter, or PEFT has no place for one of them or for a leaf.
       StorageError: a file cannot be written.
     """
+    if adapters.kernels(leaves, adapters.DOWN):
+        raise ConfigError("there are bottleneck adapters, which PEFT has no place for")
     known = family(model_type)
     rows = {row.ours: row for row in known.rows(model)}
     tensors, ranks, alphas = {}, {}, {}
