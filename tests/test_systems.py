@@ -128,6 +128,16 @@ def test_minigpt4_trains_one_linear_layer():
     assert set(plan.lr) == {"connector/project/kernel", "connector/project/bias"}
 
 
+def test_llava_lora_trains_two_matrices_beside_every_linear_layer_of_the_blocks():
+    """Rank 128 beside four squares of width 4096 and three of 4096 by 11008 in 32 layers."""
+    plan = adaptation.of(systems.config("llava15:7b-lora"))
+    lora = sum(plan.shapes[path].size for path in plan.lr if path.startswith("decoder/"))
+    assert lora == 32 * 128 * (4 * (4096 + 4096) + 3 * (4096 + 11008))
+    assert {path for path in plan.lr if "lora" not in path} == {
+        f"connector/layers/{i}/{leaf}" for i in range(2) for leaf in ("kernel", "bias")
+    }
+
+
 def batch_of(config):
     """One row as the pipeline makes it, abstract."""
     one = dataclasses.replace(config.data, rows=1, pool=2, threads=0)

@@ -69,7 +69,13 @@ def test_the_optimizer_keeps_twice_the_bytes_of_what_trains():
     assert sum(states.kept_bytes(state).values()) == 2 * trains
 
 
-@pytest.mark.parametrize("parallel", [Parallel(data=1, fsdp=4), Parallel(data=2, tensor=2)])
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        pytest.param(Parallel(data=1, fsdp=4), marks=pytest.mark.slow),
+        Parallel(data=1, fsdp=2, tensor=2),
+    ],
+)
 def test_losses_do_not_depend_on_the_mesh(parallel):
     config = tiny.config(adaptation=RULES, ema=0.9, parallel=parallel)
     losses, state = trained(config, 12, devices=4)
@@ -116,6 +122,7 @@ def test_fresh_adapters_change_nothing():
         np.testing.assert_allclose(leaf, plain[path], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_muon_leaves_adapters_to_adamw():
     config = tiny.config(adaptation=RULES, optimizer="muon", adam_lr=1e-3)
     losses, state = trained(config, 12)
@@ -298,6 +305,7 @@ def test_bottlenecks_follow_their_layers_and_start_near_nothing():
         adapters.merged(state.evaluated())
 
 
+@pytest.mark.slow
 def test_bottlenecks_train_alone_and_alike_on_any_mesh():
     one, first = trained(tiny.config(adaptation=HOULSBY), 8)
     four, _ = trained(tiny.config(adaptation=HOULSBY, parallel=Parallel(data=2, tensor=2)), 8, 4)
