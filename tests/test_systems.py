@@ -10,6 +10,7 @@ import systems
 from jax import ShapeDtypeStruct
 
 from configs import common
+from vlm_jax import config as c
 from vlm_jax.data import pipeline
 from vlm_jax.models import params
 from vlm_jax.training import adaptation, objectives, optimizer
@@ -176,3 +177,23 @@ def test_variants_leave_out_what_is_first_and_refuse_unknown_words():
     assert common.words("llava15", "13b-align", *choices) == ("13b", "align")
     with pytest.raises(ValueError, match="no variant '70b'; it has: 7b, 7b-align, 13b, 13b-align"):
         common.words("llava15", "70b", *choices)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_every_linear_layer_can_have_an_adapter(name):
+    """At full size, on abstract shapes: the loss's gradient for DoRA with dropout everywhere."""
+    config = systems.config(name)
+    rules = (c.Rule(".*", "dora", rank=4, alpha=8.0, dropout=0.1), c.Rule(".*", "frozen"))
+    config = dataclasses.replace(config, adaptation=rules)
+    plan = adaptation.of(config)
+    assert len(plan.adapters) == len(params.linears(config.model))
+    trainable, frozen = plan.split(plan.shapes)
+
+    def loss(trainable, frozen, batch, key):
+        vlm = params.build(config.model, {**frozen, **trainable}, plan.dropout, key)
+        return objectives.losses(vlm, batch, config, key)[0]
+
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    gradient = jax.eval_shape(jax.grad(loss), trainable, frozen, batch_of(config), key)
+    assert {p: g.shape for p, g in gradient.items()} == {p: t.shape for p, t in trainable.items()}
