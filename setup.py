@@ -71,6 +71,7 @@ EXTRAS = {
         "ipykernel>=6.29",
         "nbclient>=0.10",
         "nbformat>=5.10",
+        "peft>=0.18",
         "torch==2.13.0",
         "pycocoevalcap>=1.2",
         "tensorflow-datasets>=4.9.7",

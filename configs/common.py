@@ -88,6 +88,11 @@ def freeze(config, *patterns: str, rules: tuple[c.Rule, ...] = c.FULL) -> None:
     config.adaptation = schema.plain((*frozen, *rules))
 
 
+def adapt(config, *rules: c.Rule) -> None:
+    """Trains by the rules, and freezes what they do not cover."""
+    config.adaptation = schema.plain((*rules, c.Rule(".*", mode="frozen")))
+
+
 def epochs(
     config, rows: int, samples: int, times: float = 1, warmup: float = 0.03, **train: Any
 ) -> None:

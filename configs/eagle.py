@@ -12,7 +12,7 @@ from vlm_jax.presets.encoder_sizes import published
 from vlm_jax.presets.sam import sam
 
 PAD = llava15.PAD
-WORDS = llava15.WORDS
+WORDS = (("7b", "13b"), ("", "align"))
 
 
 def get_config(variant: str = ""):

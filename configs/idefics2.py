@@ -2,9 +2,9 @@
 64 tokens, Mistral-7B.
 
 Variants: `64` tokens a picture, or `320`, for the picture and the quarters it is cut into. Pictures
-keep their aspect ratio; small ones are enlarged at random. The recipe trains encoder and decoder by
-LoRA, which is not here, and full training diverged: both are frozen, as in the paper's ablation.
-Its number of steps is ours.
+keep their aspect ratio; small ones are enlarged at random. Encoder and decoder train by LoRA, as
+full training diverged; the rows of the three added tokens are part of the frozen table, while the
+recipe trains them. Its number of steps is ours.
 """
 
 from configs import common
@@ -40,7 +40,15 @@ def get_config(variant: str = ""):
         images_per_row=int(tokens) // 64,
     )
     common.captions(config)
-    common.freeze(config, common.ENCODERS, common.DECODER)
+    # The m4 trainer's defaults: all linear layers, norms trained, no decay for the Perceiver.
+    lora = {"mode": "lora", "rank": 64, "alpha": 16.0, "dropout": 0.1}
+    common.adapt(
+        config,
+        c.Rule(r"(encoder|decoder)/stack/.*|decoder/output/kernel", **lora),
+        c.Rule(r"(encoder|decoder)/.*norm.?/.*", weight_decay=0.0),
+        c.Rule(r"connector/embed_mlp/.*"),
+        c.Rule(r"connector/.*", weight_decay=0.0),
+    )
     config.data.rows = 2048
     config.data.augment.upscale = (378, 980)
     config.train.update(steps=40_000, lr=1e-4, warmup_steps=2000, weight_decay=0.1)

@@ -1,9 +1,9 @@
 """Idefics3 8B (Laurençon et al. 2024, arXiv 2408.12637): SigLIP-SO400M at 364 px, pixel shuffle and
 one linear layer, Llama 3.1 8B.
 
-A picture is enlarged to 1456 px, cut into up to 16 tiles, and seen as a whole. LoRA is not here:
-all of it trains. Rate, batch and warm-up are the m4 trainer's for SmolVLM, which then falls
-linearly, not as a cosine.
+A picture is enlarged to 1456 px, cut into up to 16 tiles, and seen as a whole. All of it trains.
+Rate, batch and warm-up are the m4 trainer's for SmolVLM, which then falls linearly, not as a
+cosine.
 """
 
 from configs import common

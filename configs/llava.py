@@ -8,7 +8,7 @@ from vlm_jax.presets.connectors import Connector
 from vlm_jax.presets.decoders import decoder
 from vlm_jax.presets.encoder_sizes import published
 
-WORDS = llava15.WORDS
+WORDS = (("7b", "13b"), ("", "align"))
 
 
 def get_config(variant: str = ""):

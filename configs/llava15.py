@@ -2,7 +2,8 @@
 
     python -m vlm_jax.main --config=configs/llava15.py:13b-align --workdir=runs/llava15
 
-Variants: `7b` or `13b`; with `align` the first stage, which trains the projector alone.
+Variants: `7b` or `13b`; with `align` the first stage, which trains the projector alone; with `lora`
+the second by LoRA (scripts/v1_5/finetune_lora.sh).
 """
 
 from configs import common
@@ -13,7 +14,7 @@ from vlm_jax.presets.decoders import decoder
 from vlm_jax.presets.encoder_sizes import published
 from vlm_jax.presets.resizing import Resize
 
-WORDS = (("7b", "13b"), ("", "align"))
+WORDS = (("7b", "13b"), ("", "align", "lora"))
 # `image_aspect_ratio` of the scripts: "pad" in the second stage, by default a crop in the first.
 PAD, CROP = Resize("pad"), Resize("crop")
 # scripts/v1_5: LCS-558K, then llava_v1_5_mix665k.
@@ -39,7 +40,19 @@ def get_config(variant: str = ""):
     )
     common.freeze(config, common.ENCODERS)
     common.epochs(config, rows=128, samples=TUNE, lr=2e-5)
-    return align(config) if stage else config
+    return {"": lambda config: config, "align": align, "lora": lora}[stage](config)
+
+
+def lora(config):
+    """The second stage by LoRA: every linear layer of the decoder but the output matrix."""
+    config.name += "-lora"
+    common.adapt(
+        config,
+        c.Rule(r"decoder/stack/.*", "lora", rank=128, alpha=256.0, dropout=0.05),
+        c.Rule(r"connector/.*", lr=0.1),  # mm_projector_lr is 2e-5
+    )
+    config.train.lr = 2e-4
+    return config
 
 
 def align(config, rows: int = 256, samples: int = ALIGN, lr: float = 1e-3):

@@ -1,7 +1,7 @@
 """MiniGPT-v2 (Chen et al. 2023, arXiv 2310.09478): EVA-CLIP g/14 at 448 px, four neighbouring
 features to one token, Llama-2-chat 7B.
 
-The recipe trains the decoder by LoRA, which is not here: it trains in full. Batch is ours.
+The linear layer trains, and the decoder's queries and values by LoRA. Batch is ours.
 """
 
 from configs import common
@@ -31,6 +31,12 @@ def get_config(variant: str = ""):
         tokens=1280,
         rows=96,
     )
-    common.freeze(config, common.ENCODERS)
+    # train_configs/minigptv2_finetune.yaml; the dropout is the model's default.
+    common.adapt(
+        config,
+        c.Rule(r"decoder/.*(query|value)/kernel", "lora", rank=64, alpha=16.0, dropout=0.05),
+        c.Rule(r"connector/.*/kernel"),
+        c.Rule(r"connector/.*", weight_decay=0.0),
+    )
     config.train.update(steps=50_000, lr=1e-5, end_lr=0.1, warmup_steps=1000, weight_decay=0.05)
     return config

@@ -1,8 +1,8 @@
 """mPLUG-Owl (Ye et al. 2023, arXiv 2304.14178): CLIP L/14, a visual abstractor, LLaMA-7B.
 
-The second stage; `align` is the first, which trains encoder and abstractor. The published recipe
-trains the decoder by LoRA, which is not here: it trains in full, at the rate of the scripts for
-that (train_it_wo_lora.sh).
+The second stage, which trains the decoder's queries and values by LoRA and nothing else; `full` is
+the same with all of the decoder (train_it_wo_lora.sh); `align` is the first, which trains encoder
+and abstractor.
 """
 
 from configs import common
@@ -12,7 +12,7 @@ from vlm_jax.presets.decoders import decoder
 from vlm_jax.presets.encoder_sizes import published
 from vlm_jax.presets.resizing import SQUASH
 
-WORDS = (("", "align"),)
+WORDS = (("", "full", "align"),)
 
 
 def get_config(variant: str = ""):
@@ -31,10 +31,21 @@ def get_config(variant: str = ""):
         ),
         tokens=2048,
     )
-    common.freeze(config, common.ENCODERS, r"connector/.*")
+    common.adapt(
+        config,
+        c.Rule(r"decoder/.*(query|value)/kernel", "lora", rank=8, alpha=32.0, dropout=0.05),
+    )
     config.data.rows = 32
-    config.train.update(steps=4236, lr=1e-5, end_lr=0.1, warmup_steps=50, weight_decay=1e-4)
-    return align(config) if stage else config
+    config.train.update(steps=4236, lr=2e-5, end_lr=0.05, warmup_steps=50, weight_decay=1e-4)
+    return {"": lambda config: config, "full": full, "align": align}[stage](config)
+
+
+def full(config):
+    """The second stage without LoRA."""
+    config.name += "-full"
+    common.freeze(config, common.ENCODERS, r"connector/.*")
+    config.train.update(lr=1e-5, end_lr=0.1)
+    return config
 
 
 def align(config):

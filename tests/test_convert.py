@@ -16,7 +16,7 @@ from vlm_jax.models import params
 from vlm_jax.presets.connectors import Connector
 from vlm_jax.presets.decoders import Decoder
 from vlm_jax.presets.encoders import Encoder
-from vlm_jax.training import checkpoints
+from vlm_jax.training import adaptation, checkpoints
 from vlm_jax.weights import files, store
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -93,7 +93,11 @@ def test_a_run_that_began_at_random_names_its_family(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (["impart", "a", "b"], 78, "unknown command 'impart'; expected import, export, check"),
+        (
+            ["impart", "a", "b"],
+            78,
+            "unknown command 'impart'; expected import, export, adapter, check",
+        ),
         (["import", "a"], 78, "import was given 1 words; expected SOURCE DIR"),
         (["import", "nowhere", "b"], 65, "nowhere does not exist"),
     ],
@@ -106,3 +110,46 @@ def test_refusals_end_with_their_code_and_no_traceback(words, code, message, tmp
     assert result.returncode == code
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_adapters_go_out_merged_or_in_pefts_format_and_come_in_again(tmp_path, monkeypatch):
+    stored = write_model(tmp_path / "model")
+    rules = (
+        configs.Rule("decoder/.*attention/.*", "lora", rank=2, alpha=3.0, dropout=0.1),
+        configs.Rule("decoder/norm/scale"),
+        configs.Rule(".*", "frozen"),
+    )
+    config = configs.Config(
+        name="x",
+        model=stored.model,
+        data=configs.Data({"emoji:caption": 1.0}),
+        init=(configs.Init(str(tmp_path / "model")),),
+        adaptation=rules,
+    )
+    plan, rng = adaptation.of(config), np.random.default_rng(5)
+    trained = {p: stored.parameters.read(p) for p in stored.parameters.shapes}
+    for path, leaf in plan.shapes.items():
+        if plan.trains(path):
+            trained[path] = rng.normal(size=leaf.shape).astype(np.float32)
+        elif path not in trained:
+            trained[path] = np.full(leaf.shape, 1.5, np.float32)
+    monkeypatch.setattr(checkpoints, "load_params", lambda workdir: (config, trained))
+
+    run, model, peft_folder = (str(tmp_path / name) for name in ("run", "model", "peft"))
+    convert.main(["convert", "adapter", run, peft_folder])
+    settings = files.read_json(tmp_path / "peft" / "adapter_config.json")
+    assert (settings["r"], settings["lora_alpha"], settings["lora_dropout"]) == (2, 3, 0.1)
+    assert settings["modules_to_save"] == ["model.norm"] and len(settings["target_modules"]) == 8
+    convert.main(["convert", "export", run, str(tmp_path / "merged")])
+    monkeypatch.setattr(flags.FLAGS, "adapter", peft_folder)
+    convert.main(["convert", "export", model, str(tmp_path / "again")])
+    first, second = (
+        (tmp_path / name / "model.safetensors").read_bytes() for name in ("merged", "again")
+    )
+    assert first == second
+    merged = files.Folder(tmp_path / "merged")
+    kernel = trained["decoder/stack/blocks/attention/key/kernel"][1].reshape(12, 4)
+    a, b = (trained[f"decoder/stack/blocks/attention/key/lora_{x}"][1] for x in "ab")
+    weight = merged.read("model.layers.1.self_attn.k_proj.weight")
+    np.testing.assert_allclose(weight, (kernel + 1.5 * a @ b).T, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(merged.read("model.norm.weight"), trained["decoder/norm/scale"])

@@ -10,6 +10,7 @@ import systems
 from jax import ShapeDtypeStruct
 
 from configs import common
+from vlm_jax import config as c
 from vlm_jax.data import pipeline
 from vlm_jax.models import params
 from vlm_jax.training import adaptation, objectives, optimizer
@@ -90,7 +91,7 @@ def test_every_variant_resolves_trains_what_it_says_and_is_built(file):
     for name in SYSTEMS:
         if name.partition(":")[0] == file:
             config = systems.config(name)
-            plan = adaptation.plan(params.abstract(config.model), config.adaptation)
+            plan = adaptation.of(config)
             optimizer.schedule(config.train)
             parts = systems.counts(config.model) | {"total": 0}
             parts["total"] = sum(parts.values())
@@ -124,8 +125,18 @@ def test_blip2_trains_what_its_paper_says(name):
 
 def test_minigpt4_trains_one_linear_layer():
     config = systems.config("minigpt4:13b")
-    plan = adaptation.plan(params.abstract(config.model), config.adaptation)
+    plan = adaptation.of(config)
     assert set(plan.lr) == {"connector/project/kernel", "connector/project/bias"}
+
+
+def test_llava_lora_trains_two_matrices_beside_every_linear_layer_of_the_blocks():
+    """Rank 128 beside four squares of width 4096 and three of 4096 by 11008 in 32 layers."""
+    plan = adaptation.of(systems.config("llava15:7b-lora"))
+    lora = sum(plan.shapes[path].size for path in plan.lr if path.startswith("decoder/"))
+    assert lora == 32 * 128 * (4 * (4096 + 4096) + 3 * (4096 + 11008))
+    assert {path for path in plan.lr if "lora" not in path} == {
+        f"connector/layers/{i}/{leaf}" for i in range(2) for leaf in ("kernel", "bias")
+    }
 
 
 def batch_of(config):
@@ -166,3 +177,23 @@ def test_variants_leave_out_what_is_first_and_refuse_unknown_words():
     assert common.words("llava15", "13b-align", *choices) == ("13b", "align")
     with pytest.raises(ValueError, match="no variant '70b'; it has: 7b, 7b-align, 13b, 13b-align"):
         common.words("llava15", "70b", *choices)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_every_linear_layer_can_have_an_adapter(name):
+    """At full size, on abstract shapes: the loss's gradient for DoRA with dropout everywhere."""
+    config = systems.config(name)
+    rules = (c.Rule(".*", "dora", rank=4, alpha=8.0, dropout=0.1), c.Rule(".*", "frozen"))
+    config = dataclasses.replace(config, adaptation=rules)
+    plan = adaptation.of(config)
+    assert len(plan.adapters) == len(params.linears(config.model))
+    trainable, frozen = plan.split(plan.shapes)
+
+    def loss(trainable, frozen, batch, key):
+        vlm = params.build(config.model, {**frozen, **trainable}, plan.dropout, key)
+        return objectives.losses(vlm, batch, config, key)[0]
+
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    gradient = jax.eval_shape(jax.grad(loss), trainable, frozen, batch_of(config), key)
+    assert {p: g.shape for p, g in gradient.items()} == {p: t.shape for p, t in trainable.items()}

@@ -286,15 +286,46 @@ class Rule:
 
     Attributes:
       pattern: regular expression, matched against the whole path.
-      mode: "full" trains, "frozen" does not.
+      mode: "full" trains, "frozen" does not. "lora" (Hu et al. 2022) and "dora" (Liu et al. 2024)
+        train adapters beside kernels that are frozen; they hold for kernels of linear layers
+        alone, and leave whatever else their pattern matches to later rules. So does "bottleneck",
+        an adapter that follows the layer (Houlsby et al. 2019).
       lr: factor on the learning rate.
       weight_decay: factor on the weight decay.
+      rank: of an adapter's two matrices; width of a bottleneck.
+      alpha: the product of LoRA and DoRA is scaled by alpha / rank.
+      dropout: share of the numbers dropped that go into that product.
+      rslora: scales by alpha / sqrt(rank) instead (Kalajdzievski 2023).
     """
 
     pattern: str
     mode: str = "full"
     lr: float = 1.0
     weight_decay: float = 1.0
+    rank: int = 0
+    alpha: float = 0.0
+    dropout: float = 0.0
+    rslora: bool = False
+
+    @property
+    def adapts(self) -> bool:
+        """Whether kernels stay as they are and adapters train beside them."""
+        return self.mode in ADAPTERS
+
+    @property
+    def scale(self) -> float:
+        """Factor of an adapter's product."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+ADAPTERS = ("lora", "dora", "bottleneck")
+# Fields that are 0 in rules of other modes.
+FIELDS = {
+    "lora": ("rank", "alpha", "dropout", "rslora"),
+    "dora": ("rank", "alpha", "dropout", "rslora"),
+    "bottleneck": ("rank",),
+}
+MODES = ("full", "frozen", *ADAPTERS)
 
 
 # Norm scales and biases are not decayed; everything trains. A batch norm's statistics have no
@@ -310,8 +341,9 @@ class Init:
     """Where a part of a new run's parameters comes from.
 
     Attributes:
-      folder: what `python -m vlm_jax.convert import` wrote, or the folder of a run, of which the
-        newest checkpoint is read.
+      folder: what `python -m vlm_jax.convert import` wrote; or the folder of a run, of which the
+        newest checkpoint is read; or an adapter in PEFT's format, for the part that an entry above
+        it names.
       part: which parameters: "encoder", "connector", "decoder", "extra_encoders/0"; "" = all.
       source: what the part is called in that folder, if otherwise.
     """
@@ -478,8 +510,8 @@ def check(config: Config) -> None:
         _require(fits, "data.text_tokens", data.text_tokens, expected)
     temperature = config.train.temperature
     _require(temperature > 0, "train.temperature", temperature, "more than 0")
-    for rule in config.adaptation:
-        _require(rule.mode in ("full", "frozen"), "adaptation", rule.mode, "full or frozen")
+    for i, rule in enumerate(config.adaptation):
+        _check_rule(rule, f"adaptation[{i}]")
     if data.images:
         _require(model.encoder is not None, "model.encoder", None, "an encoder, with data.images")
         _require(
@@ -500,6 +532,19 @@ def _check_pair(config: Config) -> None:
         _require(not getattr(train, name), f"train.{name}", getattr(train, name), "0 of pairs")
     steps = config.eval.text_only_steps
     _require(not steps, "eval.text_only_steps", steps, "0 of pairs")
+
+
+def _check_rule(rule: Rule, path: str) -> None:
+    _require(rule.mode in MODES, f"{path}.mode", rule.mode, f"one of {', '.join(MODES)}")
+    read = FIELDS.get(rule.mode, ())
+    for field in FIELDS["lora"]:
+        value = getattr(rule, field)
+        expected = f"0: the rule is {rule.mode}"
+        _require(field in read or not value, f"{path}.{field}", value, expected)
+    _require("rank" not in read or rule.rank > 0, f"{path}.rank", rule.rank, "at least 1")
+    scaled = "alpha" not in read or 0 < rule.alpha < math.inf
+    _require(scaled, f"{path}.alpha", rule.alpha, "more than 0")
+    _require(0 <= rule.dropout < 1, f"{path}.dropout", rule.dropout, "at least 0 and less than 1")
 
 
 def _check_mixtures(data: Data) -> None:

@@ -2,11 +2,14 @@
 
 python -m vlm_jax.convert import SOURCE DIR
 python -m vlm_jax.convert export DIR HF_DIR    # DIR: an imported model, or a run
+python -m vlm_jax.convert adapter DIR PEFT_DIR # DIR: a run
 python -m vlm_jax.convert check DIR INPUTS.npz OUTPUTS.npz --new_tokens=16
 
 SOURCE is a folder as transformers writes it, with config.json and safetensors; a decoder's .gguf;
 a .npz of big_vision, which goes out as one again where HF_DIR ends so; or the .pth of an
-EfficientNet-Lite, which only comes in. `check` feeds the arrays that `forward` of transformers
+EfficientNet-Lite, which only comes in. `export` merges a run's adapters into what it writes, and
+with --adapter=PEFT_DIR one of PEFT's; `adapter` writes a run's adapters, and what it trained beside
+them, in PEFT's format. `check` feeds the arrays that `forward` of transformers
 takes, by keyword, and writes float32 `logits` and greedy `tokens`; of an encoder alone
 `last_hidden_state`, of a contrastive pair `logits_per_image` and `logits_per_text`. Nothing that
 came with weights is ever executed.
@@ -26,6 +29,7 @@ from vlm_jax.errors import ConfigError, DataError, StorageError
 
 _NEW_TOKENS = flags.DEFINE_integer("new_tokens", 0, "check: tokens to make after the prompt.")
 _DAMAGED = (zipfile.BadZipFile, zlib.error)
+_ADAPTER = flags.DEFINE_string("adapter", "", "export: a folder of PEFT to merge.")
 _FAMILY = flags.DEFINE_string("family", "", "export: model_type, if not the one imported.")
 
 
@@ -54,9 +58,14 @@ def import_(source: Path, target: Path) -> None:
 
 def export(source: Path, target: Path) -> None:
     """Writes a model's folder as transformers loads it."""
+    from vlm_jax.models import adapters
     from vlm_jax.weights import conversion, store
 
-    stored = store.open_model(source) if store.is_model(source) else _run(source)
+    stored = store.open_model(source) if store.is_model(source) else _run(source)[1]
+    if _ADAPTER.value:
+        stored = _adapted(stored, doors.folder(_ADAPTER.value))
+    if stored.trained is not None:
+        stored = dataclasses.replace(stored, trained=adapters.merged(stored.trained))
     if target.suffix == ".npz":
         conversion.export_npz(stored, target)
     else:
@@ -64,8 +73,36 @@ def export(source: Path, target: Path) -> None:
     print(target)
 
 
+def _adapted(stored, folder: Path):
+    """The model with the adapters of a folder of PEFT."""
+    from vlm_jax.weights import peft
+
+    if not peft.is_adapter(folder):
+        raise DataError(f"{folder} is no adapter: it has no {peft.CONFIG}")
+    parameters = stored.parameters
+    leaves = {path: parameters.read(path) for path in parameters.shapes}
+    leaves |= peft.read(folder, stored.model, _FAMILY.value or stored.family)
+    return dataclasses.replace(stored, trained=leaves)
+
+
+def adapter(source: Path, target: Path) -> None:
+    """Writes a run's adapters as PEFT loads them."""
+    from vlm_jax.models import adapters
+    from vlm_jax.training import adaptation
+    from vlm_jax.weights import peft
+
+    config, stored = _run(source)
+    plan = adaptation.of(config)
+    whole = [path for path in plan.lr if not adapters.is_leaf(path)]
+    rates = set(plan.dropout.values())
+    dropout = rates.pop() if len(rates) == 1 else 0.0  # theirs has one for all
+    model_type = _FAMILY.value or stored.family
+    peft.write(target, stored.model, model_type, stored.trained, whole, dropout)
+    print(target)
+
+
 def _run(workdir: Path):
-    """A run's parameters, for the folder that the run started from."""
+    """A run's config, and its parameters for the folder that the run started from."""
     from vlm_jax.training import checkpoints
     from vlm_jax.weights import store
 
@@ -77,9 +114,9 @@ def _run(workdir: Path):
             "to with --family"
         )
     if not whole:
-        return store.Stored(workdir, config.model, _FAMILY.value, {}, leaves)
+        return config, store.Stored(workdir, config.model, _FAMILY.value, {}, leaves)
     origin = store.open_model(doors.folder(whole[0]))
-    return dataclasses.replace(origin, model=config.model, trained=leaves)
+    return config, dataclasses.replace(origin, model=config.model, trained=leaves)
 
 
 def check(folder: Path, inputs: Path, outputs: Path) -> None:
@@ -104,6 +141,7 @@ def check(folder: Path, inputs: Path, outputs: Path) -> None:
 COMMANDS = {
     "import": (import_, ("SOURCE", "DIR")),
     "export": (export, ("DIR", "HF_DIR")),
+    "adapter": (adapter, ("DIR", "PEFT_DIR")),
     "check": (check, ("DIR", "INPUTS.npz", "OUTPUTS.npz")),
 }
 

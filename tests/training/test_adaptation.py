@@ -64,11 +64,11 @@ def test_the_printed_table_counts_parameters_and_state():
     plan = adaptation.plan(FLAT, (Rule("encoder/.*", mode="frozen"), Rule(".*", lr=0.5)))
     out = io.StringIO()
     kept = {"decoder/b/kernel": 8000, "decoder/b/scale": 16_000}
-    Console(file=out, width=120).print(adaptation.table(plan, 1e-3, kept))
+    Console(file=out, width=120).print(adaptation.table(adaptation.groups(plan, 1e-3, kept)))
     lines = {
         line.split("│")[1].strip(): line for line in out.getvalue().splitlines() if "│" in line
     }
-    assert "2,000" in lines["encoder/.*"] and "50.0%" in lines["encoder/.*"]
+    assert "2,000" in lines["encoder/.*"] and "0.0%" in lines["encoder/.*"]
     assert "0 B" in lines["encoder/.*"]
     assert "23.4 KiB" in lines[".*"] and "5.00e-04" in lines[".*"]
-    assert "2,000" in lines["trainable"] and "4,000" in lines["all"]
+    assert "2,000" in lines["all"] and "4,000" in lines["all"] and "50.0%" in lines["all"]

@@ -22,7 +22,7 @@ CONFIG = tiny.config(adaptation=RULES, ema=0.9, checkpoint=Checkpoint(keep=2))
 
 def abstract_of(config, devices=1):
     mesh = meshes.make(config.parallel, jax.devices()[:devices])
-    plan = adaptation.plan(params.abstract(config.model), config.adaptation)
+    plan = adaptation.of(config)
     return states.abstract(config, plan, mesh)
 
 

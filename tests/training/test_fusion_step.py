@@ -8,7 +8,6 @@ import pytest
 import tiny
 
 from vlm_jax.config import Config, Parallel
-from vlm_jax.models import params
 from vlm_jax.parallel import mesh as meshes
 from vlm_jax.presets.fusion import CrossAttention
 from vlm_jax.training import adaptation, memory
@@ -48,7 +47,7 @@ def test_losses_fall_and_do_not_depend_on_the_mesh():
 def test_the_gated_blocks_count_in_the_estimate_of_memory():
     def needed(config):
         mesh = meshes.make(config.parallel, jax.devices()[:1])
-        plan = adaptation.plan(params.abstract(config.model), config.adaptation)
+        plan = adaptation.of(config)
         return memory.needed(config, plan, mesh, states.abstract(config, plan, mesh))
 
     with_blocks, without = needed(config()), needed(config(fusion=None))

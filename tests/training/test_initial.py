@@ -9,11 +9,12 @@ import tiny
 
 from vlm_jax import config as configs
 from vlm_jax.errors import ConfigError
-from vlm_jax.models import params
+from vlm_jax.models import adapters, params
 from vlm_jax.parallel import mesh
 from vlm_jax.training import adaptation
 from vlm_jax.training import state as states
-from vlm_jax.weights import files, store
+from vlm_jax.training import step as steps
+from vlm_jax.weights import files, peft, store
 
 
 def folder(path, model, dtype=np.float16) -> dict[str, np.ndarray]:
@@ -35,7 +36,7 @@ def test_parts_come_from_their_folders_and_frozen_ones_keep_their_dtype(tmp_path
         init=(configs.Init(str(tmp_path / "tower"), "decoder"),),
         adaptation=(configs.Rule(r"decoder/stack/.*", mode="frozen"), configs.Rule(r".*")),
     )
-    plan = adaptation.plan(params.abstract(config.model), config.adaptation)
+    plan = adaptation.of(config)
     made = mesh.make(configs.Parallel(data=1, fsdp=2), jax.devices()[:2])
     state = states.create(config, plan, made)
     assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), state) == jax.tree.map(
@@ -61,6 +62,61 @@ def test_a_folder_of_another_model_is_refused(part, changes, message, tmp_path):
     other = dataclasses.replace(config.model.decoder, **changes)
     folder(tmp_path / "tower", configs.Model(decoder=other))
     config = dataclasses.replace(config, init=(configs.Init(str(tmp_path / "tower"), part),))
-    plan = adaptation.plan(params.abstract(config.model), config.adaptation)
+    plan = adaptation.of(config)
     with pytest.raises(ConfigError, match=message):
         states.create(config, plan, mesh.make(configs.Parallel(), jax.devices()[:1]))
+
+
+def test_an_adapter_of_peft_goes_on_training(tmp_path):
+    tower = configs.Model(decoder=tiny.MODEL.decoder)
+    rules = (
+        configs.Rule(r"decoder/.*", "dora", rank=2, alpha=3.0),
+        configs.Rule(r".*", "frozen"),
+    )
+    base, adapter = str(tmp_path / "tower"), str(tmp_path / "adapter")
+    config = tiny.config(adaptation=rules, init=(configs.Init(base, "decoder"),))
+    leaves = folder(tmp_path / "tower", tower, np.float32)
+    plan, rng = adaptation.of(config), np.random.default_rng(1)
+    own = {
+        path: rng.normal(size=leaf.shape).astype(np.float32)
+        for path, leaf in plan.shapes.items()
+        if adapters.is_leaf(path)
+    }
+    own |= {path: np.full_like(leaf, 1.5) for path, leaf in own.items() if path.endswith("_scale")}
+    peft.write(tmp_path / "adapter", tower, "llama", leaves | own)
+    both = (*config.init, configs.Init(adapter, "decoder"))
+    mesh_ = mesh.make(configs.Parallel(data=1, fsdp=2), jax.devices()[:2])
+    state = states.create(dataclasses.replace(config, init=both), plan, mesh_)
+    for path, leaf in (leaves | own).items():
+        np.testing.assert_array_equal(state.evaluated()[path], leaf)
+
+    def refused(message, **changes):
+        changed = dataclasses.replace(config, **{"init": both} | changes)
+        with pytest.raises(ConfigError, match=message):
+            states.abstract(changed, adaptation.of(changed), mesh_)
+
+    refused("above it with the model that it adapts", init=both[1:])
+    refused("adaptation makes .*rank", adaptation=(dataclasses.replace(rules[0], rank=3), rules[1]))
+    refused("the adapter's alpha", adaptation=(dataclasses.replace(rules[0], alpha=4), rules[1]))
+
+
+def test_added_tokens_train_while_the_table_that_they_extend_stays_frozen(tmp_path):
+    leaves = folder(tmp_path / "tower", configs.Model(decoder=tiny.MODEL.decoder), np.float32)
+    larger = dataclasses.replace(tiny.MODEL.decoder, added=3)
+    config = tiny.config(
+        dataclasses.replace(tiny.MODEL, decoder=larger),
+        init=(configs.Init(str(tmp_path / "tower"), "decoder"),),
+        adaptation=(configs.Rule(r"decoder/added_.*"), configs.Rule(r".*", mode="frozen")),
+    )
+    run = tiny.prepared(config)
+    state = states.create(config, run.plan, run.mesh)
+    before = np.array(state.trainable["decoder/added_embedding"])
+    batch = tiny.batch(0)
+    tokens = batch.tokens.copy()
+    tokens[:, 1::3] = tiny.VOCAB + 1
+    batch = batch._replace(tokens=tokens)
+    for _ in range(3):
+        state, _ = run.step(state, steps.place(batch, run.mesh))
+    assert state.trainable.keys() == {"decoder/added_embedding"}
+    assert not np.array_equal(before[1], state.trainable["decoder/added_embedding"][1])
+    np.testing.assert_array_equal(state.frozen["decoder/embedding"], leaves["decoder/embedding"])

@@ -23,7 +23,7 @@ LARGE = dataclasses.replace(tiny.MODEL, encoder=vit("g/14"), decoder=decoder("ll
 
 def planned(config, count=1):
     mesh = meshes.make(config.parallel, jax.devices()[:count])
-    plan = adaptation.plan(params.abstract(config.model), config.adaptation)
+    plan = adaptation.of(config)
     return config, plan, mesh, states.abstract(config, plan, mesh)
 
 

@@ -12,7 +12,6 @@ from jax.sharding import Mesh
 from vlm_jax.batch import Batch, Images
 from vlm_jax.config import Config, Data, Model, Train
 from vlm_jax.data.packing import Info
-from vlm_jax.models import params
 from vlm_jax.parallel import mesh as meshes
 from vlm_jax.presets.connectors import Connector
 from vlm_jax.presets.decoders import Decoder
@@ -96,7 +95,7 @@ def prepared(config: Config, devices: int = 1) -> Prepared:
     )
     if key not in _PREPARED:
         mesh = meshes.make(config.parallel, jax.devices()[:devices])
-        plan = adaptation.plan(params.abstract(config.model), config.adaptation)
+        plan = adaptation.of(config)
         abstract = states.abstract(config, plan, mesh)
 
         @functools.cache

@@ -51,6 +51,7 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(jax.random.uniform(rngs(), shape, minval=-bound, maxval=bound))
         self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
         self.axes = len(inputs)
+        self.adapter = self.after = None  # see `models.adapters`
 
     def __call__(self, x: Float[Array, "..."], dtype=None) -> Float[Array, "..."]:
         """The product in `dtype`, by default that of `x`; it is always accumulated in float32."""
@@ -59,8 +60,11 @@ class Linear(nnx.Module):
         fan_in = math.prod(kernel.shape[: self.axes])
         # As matrices: XLA's CPU backend is an eighth slower on the same product of more axes.
         matrices = x.reshape(-1, fan_in), kernel.reshape(fan_in, -1)
-        y = jnp.matmul(*matrices, preferred_element_type=dtype).reshape(*batch, *outputs)
-        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+        y = jnp.matmul(*matrices, preferred_element_type=dtype)
+        y = y if self.adapter is None else self.adapter(matrices[0], self.kernel[...], y)
+        y = y.reshape(*batch, *outputs)
+        y = y if self.bias is None else y + self.bias[...].astype(y.dtype)
+        return y if self.after is None else self.after(y)
 
 
 class LayerNorm(nnx.Module):

@@ -6,11 +6,14 @@ Rules, checkpoints and shardings all speak of one path, such as
 
 import functools
 import re
+from collections.abc import Mapping
 
 import jax
 from flax import nnx
 from jaxtyping import Array
 
+from vlm_jax.models import adapters
+from vlm_jax.models.layers import Linear
 from vlm_jax.models.vlm import VLM
 
 # Logical axes by path, without the layers' axis; the first pattern matching the whole path holds.
@@ -57,10 +60,30 @@ def axes(path: str) -> tuple[str | None, ...]:
     Raises:
       KeyError: no row of AXES matches; every parameter of every model must have one.
     """
+    if adapters.is_leaf(path):
+        layer, _, leaf = path.rpartition("/")
+        return _adapter_axes(leaf, axes(f"{layer}/{adapters.KERNEL}"), "/stack/blocks/" in path)
     for pattern, logical in AXES:
         if re.fullmatch(pattern, path):
             return ("layers", *logical) if "/stack/blocks/" in path else logical
     raise KeyError(f"no logical axes for parameter {path!r}: add a row to models.params.AXES")
+
+
+def _adapter_axes(leaf: str, kernel: tuple, stacked: bool) -> tuple[str | None, ...]:
+    """What goes in and comes out lies as the kernel's does; ranks are whole everywhere."""
+    layers, (first, *rest) = kernel[:stacked], kernel[stacked:]
+    last = next((name for name in rest if name is not None), None)
+    own = {
+        adapters.A: (first, None),
+        adapters.B: (None, last),
+        adapters.SCALE: (),
+        adapters.MAGNITUDE: (last,),
+        adapters.DOWN: (last, None),
+        adapters.DOWN_BIAS: (None,),
+        adapters.UP: (None, last),
+        adapters.UP_BIAS: (last,),
+    }
+    return *layers, *own[leaf]
 
 
 @functools.lru_cache(maxsize=32)
@@ -80,22 +103,45 @@ def abstract(model) -> dict[str, jax.ShapeDtypeStruct]:
     return {_path(keys): leaf.get_value() for keys, leaf in state}
 
 
+@functools.lru_cache(maxsize=32)
+def linears(model) -> dict[str, int]:
+    """Paths of the kernels of linear layers, and how many axes of each go in."""
+    module = nnx.eval_shape(lambda: VLM(model, nnx.Rngs(0)))
+    return {
+        _path((*keys, adapters.KERNEL)): found.axes
+        for keys, found in nnx.iter_modules(module)
+        if isinstance(found, Linear)
+    }
+
+
 def init(model, key: Array) -> dict[str, Array]:
     """Fresh parameters; pure, so that jit with `out_shardings` makes each on its own devices."""
     state = nnx.state(VLM(model, nnx.Rngs(key)))
     return {_path(keys): leaf[...] for keys, leaf in nnx.to_flat_state(state)}
 
 
-def build(model, flat: dict[str, Array]) -> VLM:
+def build(
+    model,
+    flat: Mapping[str, Array],
+    rates: Mapping[str, float] | None = None,
+    key: Array | None = None,
+) -> VLM:
     """The module over these leaves; cheap, made inside jit.
+
+    Args:
+      model: a `config.Model`.
+      flat: its parameters by path, and adapters' leaves.
+      rates: of adapters' dropout, by path of the kernel.
+      key: of adapters' dropout; None = evaluation.
 
     Raises:
       ValueError: leaves are missing, left over or of another shape; names the first of each.
     """
     graph, state = _abstract(model)
     wanted = {_path(keys) for keys, _ in state}
-    if wanted != flat.keys():
-        missing, extra = sorted(wanted - flat.keys()), sorted(flat.keys() - wanted)
+    given = {path for path in flat if not adapters.is_leaf(path)}
+    if wanted != given:
+        missing, extra = sorted(wanted - given), sorted(given - wanted)
         raise ValueError(
             f"parameters do not fit the model: missing {missing[:3]}, extra {extra[:3]}"
         )
@@ -106,4 +152,6 @@ def build(model, flat: dict[str, Array]) -> VLM:
                 f"{leaf.shape}: is it another model's?"
             )
     leaves = [(keys, leaf.replace(flat[_path(keys)])) for keys, leaf in state]
-    return nnx.merge(graph, nnx.from_flat_state(leaves))
+    vlm = nnx.merge(graph, nnx.from_flat_state(leaves))
+    adapters.attach(vlm, flat, rates, key)
+    return vlm

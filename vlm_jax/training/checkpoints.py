@@ -22,7 +22,6 @@ from vlm_jax import config as configs
 from vlm_jax import schema
 from vlm_jax.config import Config
 from vlm_jax.errors import ConfigError, StorageError
-from vlm_jax.models import params
 from vlm_jax.training import adaptation
 from vlm_jax.training.state import State
 
@@ -183,8 +182,8 @@ def load_params(
         with _storage(f"reading step {step} of {folder}"):
             config = configs.resolve(_metadata(orbax, step)["config"])
             here = SingleDeviceSharding(jax.local_devices()[0])
-            abstract = params.abstract(config.model)
-            trainable, _ = adaptation.plan(abstract, config.adaptation).split(abstract)
+            plan = adaptation.of(config)
+            trainable, _ = plan.split(plan.shapes)
             stored = orbax.checkpointables_metadata(step).metadata
             learned = "ema" if "ema" in stored else "trainable"
             wanted = {learned: trainable}

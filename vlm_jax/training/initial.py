@@ -1,15 +1,25 @@
-"""Where a new run's parameters come from: folders of imported weights and of runs, part by part."""
+"""Where a new run's parameters come from: folders of imported weights and of runs, part by part.
 
+A folder of PEFT gives its adapters, and what was trained beside them, to the part that an entry
+above it has filled.
+"""
+
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
+import numpy as np
 from jaxtyping import Array
 
-from vlm_jax.config import Config, Init
+from vlm_jax.config import Config, Init, Model
 from vlm_jax.errors import ConfigError
-from vlm_jax.models import params
-from vlm_jax.weights import store
+from vlm_jax.models import adapters, params
+from vlm_jax.training import adaptation
+from vlm_jax.weights import peft, store
+
+# What `presets.decoders.Decoder.added` adds to a vocabulary: drawn where the folder has none.
+ADDED = re.compile(r"decoder/added_(embedding|output/kernel)")
 
 
 def shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
@@ -30,7 +40,11 @@ def shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
                     "its presets are not those of the folder"
                 )
             found[ours] = jax.ShapeDtypeStruct(shape, source.dtypes[theirs])
-    return found
+    adapted = {
+        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        for path, leaf in _adapters(config).items()
+    }
+    return found | adapted
 
 
 def load(config: Config, places: Mapping[str, jax.sharding.Sharding]) -> dict[str, Array]:
@@ -39,6 +53,8 @@ def load(config: Config, places: Mapping[str, jax.sharding.Sharding]) -> dict[st
     for _, stored, pairs in _sources(config, params.abstract(config.model)):
         loaded = store.load(stored, {theirs: places[ours] for ours, theirs in pairs.items()})
         found |= {ours: loaded[theirs] for ours, theirs in pairs.items()}
+    for path, leaf in _adapters(config).items():
+        found[path] = jax.make_array_from_callback(leaf.shape, places[path], leaf.__getitem__)
     return found
 
 
@@ -47,13 +63,64 @@ def _sources(
 ) -> Iterator[tuple[Init, store.Stored, dict[str, str]]]:
     """Of every entry, its folder and its leaves as path -> path in the folder."""
     for init in config.init:
+        if peft.is_adapter(_folder(init)):
+            continue
         prefix = f"{init.part}/" if init.part else ""
         source = f"{init.source or init.part}/" if init.part else ""
         paths = [path for path in wanted if path.startswith(prefix)]
         if not paths:
             raise ConfigError(f"config.init: the model has no part {init.part!r}")
-        stored = _opened(Path(init.folder).expanduser().absolute())
-        yield init, stored, {path: source + path.removeprefix(prefix) for path in paths}
+        stored = _opened(_folder(init))
+        pairs = {path: source + path.removeprefix(prefix) for path in paths}
+        there = stored.parameters.shapes
+        yield init, stored, {p: t for p, t in pairs.items() if t in there or not ADDED.fullmatch(p)}
+
+
+def _folder(init: Init) -> Path:
+    return Path(init.folder).expanduser().absolute()
+
+
+def _adapters(config: Config) -> dict[str, np.ndarray]:
+    """The leaves of PEFT's folders.
+
+    Raises:
+      ConfigError: no entry above says of which family the part is, or the adapters are not those
+        that the adaptation makes.
+    """
+    found, families = {}, {}
+    for init in config.init:
+        if not peft.is_adapter(_folder(init)):
+            if store.is_model(_folder(init)):
+                families[init.part] = store.open_model(_folder(init)).family
+            continue
+        if init.part not in families:
+            raise ConfigError(
+                f"config.init: {init.folder} is an adapter; expected an entry of part "
+                f"{init.part!r} above it with the model that it adapts"
+            )
+        whole = config.model
+        model = Model(**{init.part: getattr(whole, init.part)}) if init.part else whole
+        leaves = peft.read(_folder(init), model, families[init.part])
+        _refuse_others(config, init, leaves)
+        found |= leaves
+    return found
+
+
+def _refuse_others(config: Config, init: Init, leaves: Mapping[str, np.ndarray]) -> None:
+    plan = adaptation.of(config)
+    for path, leaf in leaves.items():
+        made = plan.shapes[path].shape if path in plan.shapes else "nothing"
+        if made != leaf.shape:
+            raise ConfigError(
+                f"config.init: {init.folder} has {leaf.shape} for {path}; config.adaptation makes "
+                f"{made}: give its rule the adapter's mode and rank"
+            )
+        spec = plan.adapters.get(path.removesuffix(adapters.SCALE) + adapters.KERNEL)
+        if path.endswith(f"/{adapters.SCALE}") and not np.allclose(leaf, spec.scale):
+            raise ConfigError(
+                f"config.init: {init.folder} scales {path} by {leaf.max():g}; config.adaptation by "
+                f"{spec.scale:g}: give its rule the adapter's alpha"
+            )
 
 
 def _opened(folder: Path) -> store.Stored:
@@ -64,4 +131,4 @@ def _opened(folder: Path) -> store.Stored:
     from vlm_jax.training import checkpoints
 
     config, leaves = checkpoints.load_params(folder)
-    return store.Stored(folder, config.model, "", {}, leaves)
+    return store.Stored(folder, config.model, "", {}, adapters.merged(leaves))

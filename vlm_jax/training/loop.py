@@ -16,7 +16,6 @@ from rich.console import Console
 from vlm_jax.config import Config
 from vlm_jax.data import pipeline
 from vlm_jax.errors import Interrupted
-from vlm_jax.models import params
 from vlm_jax.parallel import mesh as meshes
 from vlm_jax.training import adaptation, checkpoints, memory, metrics, progress
 from vlm_jax.training import state as states
@@ -56,6 +55,9 @@ def train(
         state = states.create(config, plan, mesh) if state is None else state
         start = int(state.step)
         checkpoints.write_config(workdir, config)
+        if jax.process_index() == 0:
+            groups = adaptation.groups(plan, config.train.lr, states.kept_bytes(state))
+            adaptation.write(Path(workdir), groups)
         log = stack.enter_context(_Log(config, workdir, start))
         for step in range(start + 1, config.train.steps + 1):
             batch, info = next(stream)
@@ -84,12 +86,13 @@ def prepare(config: Config, hint: str = "") -> tuple[Mesh, Plan]:
       ConfigError: the config does not fit the model or the devices.
     """
     mesh = meshes.make(config.parallel)
-    plan = adaptation.plan(params.abstract(config.model), config.adaptation)
+    plan = adaptation.of(config)
     abstract = states.abstract(config, plan, mesh)
     parts = memory.check(config, plan, mesh, abstract, hint)
     if jax.process_index() == 0:
         console = Console(width=None if sys.stdout.isatty() else TABLE_WIDTH)
-        console.print(adaptation.table(plan, config.train.lr, states.kept_bytes(abstract)))
+        groups = adaptation.groups(plan, config.train.lr, states.kept_bytes(abstract))
+        console.print(adaptation.table(groups))
         estimate = ", ".join(f"{name} {adaptation.readable(x)}" for name, x in parts.items())
         axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
         console.print(f"mesh: {axes}; estimated per device: {estimate}", soft_wrap=True)

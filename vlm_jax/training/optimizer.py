@@ -47,7 +47,7 @@ def make(train: Train, plan: Plan) -> optax.GradientTransformation:
     shapes = {path: plan.shapes[path] for path in plan.lr}
     matrices = _matrices(shapes) if train.optimizer == "muon" else {}
     rates = dict(plan.lr)
-    if matrices:
+    if train.optimizer == "muon":
         other = train.adam_lr / train.lr
         rates = {path: lr * (1.0 if path in matrices else other) for path, lr in rates.items()}
     return optax.chain(

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Int, UInt32
 
 from vlm_jax.config import Config
-from vlm_jax.models import params
+from vlm_jax.models import adapters, params
 from vlm_jax.parallel import sharding
 from vlm_jax.training import initial, optimizer
 from vlm_jax.training.adaptation import Plan
@@ -55,7 +55,8 @@ def fresh(config: Config, plan: Plan, loaded: dict[str, Array] | None = None) ->
       loaded: parameters that are not drawn, by path.
     """
     init_key, dropout_key = jax.random.split(jax.random.key(config.seed))
-    trainable, frozen = plan.split(params.init(config.model, init_key) | (loaded or {}))
+    flat = params.init(config.model, init_key) | (loaded or {})
+    trainable, frozen = plan.split(_adapters(plan, flat, init_key) | flat)
     trainable = {path: leaf.astype(jnp.float32) for path, leaf in trainable.items()}
     return State(
         step=jnp.zeros((), jnp.int32),
@@ -65,6 +66,17 @@ def fresh(config: Config, plan: Plan, loaded: dict[str, Array] | None = None) ->
         ema=jax.tree.map(jnp.copy, trainable) if config.train.ema else None,
         key=jax.random.key_data(dropout_key),
     )
+
+
+def _adapters(plan: Plan, flat: dict[str, Array], key: Array) -> dict[str, Array]:
+    """Fresh adapters of the kernels that have one."""
+    found = {}
+    for path, spec in plan.adapters.items():
+        places = {name: adapters.beside(path, name) for name in adapters.LEAVES}
+        shapes = {name: plan.shapes[p] for name, p in places.items() if p in plan.shapes}
+        leaves = adapters.init(spec, shapes, flat[path], adapters.keyed(key, path))
+        found |= {places[name]: leaf for name, leaf in leaves.items()}
+    return found
 
 
 def abstract(config: Config, plan: Plan, mesh: Mesh) -> State:

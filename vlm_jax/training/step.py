@@ -41,7 +41,7 @@ def make_step(
         )
     state_places = shardings(abstract(config, plan, mesh))
     jitted = jax.jit(
-        functools.partial(_step, config, optimizer.make(config.train, plan)),
+        functools.partial(_step, config, plan, optimizer.make(config.train, plan)),
         donate_argnums=0,
         in_shardings=(state_places, sharding.batch(mesh)),
         out_shardings=(state_places, sharding.replicated(mesh)),
@@ -65,12 +65,13 @@ def place(batch: Batch, mesh: Mesh) -> Batch:
 
 
 def _step(
-    config: Config, optimize: optax.GradientTransformation, state: State, batch: Batch
+    config: Config, plan: Plan, optimize: optax.GradientTransformation, state: State, batch: Batch
 ) -> tuple[State, Metrics]:
     dropout = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
 
     def objective(trainable: dict[str, Array]):
-        vlm = params.build(config.model, {**state.frozen, **trainable})
+        flat = {**state.frozen, **trainable}
+        vlm = params.build(config.model, flat, plan.dropout, dropout)
         return objectives.losses(vlm, batch, config, dropout)
 
     (loss, sums), gradient = jax.value_and_grad(objective, has_aux=True)(state.trainable)

@@ -48,6 +48,7 @@ class Family:
         decoder.
       renames: model -> patterns and replacements, applied in order to names of other folders.
       fitted: model, arrays of `forward` -> the model for pictures of the size that they have.
+      loaded: the same from names of folders to those of the class in memory, where they differ.
     """
 
     architecture: str
@@ -59,6 +60,7 @@ class Family:
     ignored: tuple[str, ...] = ()
     renames: Callable[[Model], tuple[tuple[str, str], ...]] = lambda model: ()
     fitted: Callable[[Model, inputs.Arrays], Model] = lambda model, arrays: model
+    loaded: Callable[[Model], tuple[tuple[str, str], ...]] = lambda model: ()
 
 
 # Buffers that older versions of transformers stored.
@@ -109,6 +111,7 @@ def _encoder(
         inputs=lambda model, hf, arrays: pictures.alone(way, model.encoder, arrays),
         ignored=BUFFERS,
         renames=lambda model: renames,
+        loaded=lambda model: _ALONE if renames is VISION else (),
     )
 
 
@@ -124,6 +127,7 @@ def _system(module: ModuleType) -> Family:
         ignored=BUFFERS,
         renames=getattr(module, "renames", lambda model: ()),
         fitted=getattr(module, "fitted", lambda model, arrays: model),
+        loaded=getattr(module, "loaded", lambda model: ()),
     )
 
 
@@ -153,6 +157,7 @@ FAMILIES = {
     "idefics": _system(idefics),
 }
 # transformers 5 saves these without the prefix of published files.
+_ALONE = ((r"^vision_model\.", ""),)
 VISION = ((r"^(?!vision_model\.|visual_projection\.)", "vision_model."),)
 
 

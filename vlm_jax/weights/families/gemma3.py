@@ -16,7 +16,7 @@ from vlm_jax.weights.families import gemma3_projector, llava, paligemma
 from vlm_jax.weights.tables import Row, placed
 
 ARCHITECTURE = "Gemma3ForConditionalGeneration"
-renames, carried = llava.renames, llava.carried
+renames, loaded, carried = llava.renames, llava.loaded, llava.carried
 
 
 def read(hf: Mapping[str, Any]) -> Model:

@@ -18,6 +18,13 @@ RENAMES = (
     (r"^model\.language_model\.", "language_model.model."),
     (r"^lm_head\.", "language_model.lm_head."),
 )
+# The other way.
+LOADED = (
+    (r"^language_model\.model\.", "model.language_model."),
+    (r"^language_model\.lm_head\.", "lm_head."),
+    (r"^vision_tower\.(vision_model\.)?", "model.vision_tower."),
+    (r"^(multi_modal_projector|image_newline)", r"model.\1"),
+)
 SELECT = {"default": False, "full": True}  # whether the class token is kept
 VISION, TEXT = "vision_tower.", "language_model."
 # Where config.json has none: CLIP ViT-L/14 at 336 pixels.
@@ -37,6 +44,11 @@ def renames(model: Model) -> tuple[tuple[str, str], ...]:
     if tower in ("clip_vision_model", "siglip_vision_model"):
         return (*RENAMES, (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."))
     return RENAMES
+
+
+def loaded(model: Model) -> tuple[tuple[str, str], ...]:
+    """How names of folders become those in memory."""
+    return LOADED
 
 
 def read(hf: Mapping[str, Any]) -> Model:

@@ -23,7 +23,7 @@ from vlm_jax.weights.tables import Row, placed
 ARCHITECTURE = "LlavaNextForConditionalGeneration"
 # transformers' default image_grid_pinpoints.
 RESOLUTIONS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
-renames, carried = llava.renames, llava.carried
+renames, loaded, carried = llava.renames, llava.loaded, llava.carried
 
 
 def read(hf: Mapping[str, Any]) -> Model:

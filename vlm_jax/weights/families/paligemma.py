@@ -22,7 +22,7 @@ from vlm_jax.weights.tables import Row, placed
 
 ARCHITECTURE = "PaliGemmaForConditionalGeneration"
 VISION, TEXT = llava.VISION, llava.TEXT
-renames, carried = llava.renames, llava.carried
+renames, loaded, carried = llava.renames, llava.loaded, llava.carried
 # Where config.json has none: PaliGemma 3B at 224 pixels.
 VISION_CONFIG = {
     "hidden_size": 1152,

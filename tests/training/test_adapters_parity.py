@@ -1,0 +1,49 @@
+"""LoRA and DoRA as the peft library trains them: stored goldens, and the same made afresh."""
+
+import pathlib
+
+import adapter_cases
+import numpy as np
+import pytest
+
+from vlm_jax.models import adapters
+from vlm_jax.weights import checking, peft, store
+
+FOLDER = pathlib.Path(__file__).parents[1] / "goldens"
+TOLERANCE = 1e-4
+
+
+@pytest.mark.parametrize("name", adapter_cases.CASES)
+def test_twenty_steps_are_those_of_peft(name, tmp_path):
+    arrays = np.load(FOLDER / f"adapters_{name}.npz")
+    adapter_cases.compare(adapter_cases.ours(name, arrays, tmp_path), arrays, TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", adapter_cases.CASES)
+def test_adapters_come_from_peft_and_go_back(name, tmp_path):
+    torch = pytest.importorskip("torch")
+    theirs = pytest.importorskip("peft")
+    import adapter_theirs
+
+    arrays = adapter_theirs.make(name)
+    made = adapter_cases.ours(name, arrays, tmp_path)
+    adapter_cases.compare(made, arrays, TOLERANCE)
+
+    tower = name.partition("_")[0]
+    plain = adapter_theirs.base(name)
+    loaded = theirs.PeftModel.from_pretrained(plain, tmp_path / "after")
+    with torch.no_grad():
+        wanted = adapter_theirs.run(loaded, tower, arrays["inputs"]).numpy()
+        merged = adapter_theirs.run(loaded.merge_and_unload(), tower, arrays["inputs"]).numpy()
+    assert np.abs(wanted - arrays["output"]).max() > 0.01
+    model = checking.exact(made.stored.model)
+    for leaves in (made.leaves, adapters.merged(made.leaves)):
+        run = adapter_cases._forward(name, made.stored, model, arrays["inputs"])
+        for output in (wanted, merged):
+            error = np.abs(np.asarray(run(leaves)) - output).max() / np.abs(output).max()
+            assert error <= TOLERANCE
+    again = peft.read(tmp_path / "after", made.stored.model, made.stored.family)
+    for path, leaf in again.items():
+        np.testing.assert_array_equal(leaf, made.leaves[path])
+    assert store.is_model(tmp_path / "model")
