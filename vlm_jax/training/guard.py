@@ -5,15 +5,12 @@ waits for the host. What it skips, and what is no finite number, it does not rem
 value in the window would make every later comparison meaningless.
 """
 
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax import config as configs
-
-Tree = TypeVar("Tree")
 
 GOOD, NON_FINITE, SPIKE = range(3)
 REASONS = {NON_FINITE: "non-finite", SPIKE: "spike"}
@@ -63,11 +60,6 @@ def judge(
     if guard.nonfinite:
         verdict = jnp.where(_finite(loss, norm), verdict, NON_FINITE)
     return verdict
-
-
-def keep(verdict: Int[Array, ""], new: Tree, old: Tree) -> Tree:
-    """`new` after a good step, `old` after a skipped one."""
-    return jax.tree.map(lambda a, b: jnp.where(verdict == GOOD, a, b), new, old)
 
 
 def remember(

@@ -82,17 +82,24 @@ def _step(
     (loss, sums), gradient = accumulation.gradient(
         objective, state.trainable, batch, dropout, count
     )
-    updates, opt = optimize.update(gradient, state.opt, state.trainable)
-    trainable = optax.apply_updates(state.trainable, updates)
-    averaged = average(state.ema, trainable, config.train.ema, state.step)
     norm = optax.tree.norm(gradient)
-    verdict = guard.judge(config.guard, state.guard, loss, norm)
-    memory = guard.remember(state.guard, verdict, loss, norm)
-    step, trainable, opt, averaged = guard.keep(
-        verdict,
-        (state.step + 1, trainable, opt, averaged),
-        (state.step, state.trainable, state.opt, state.ema),
+    # Behind the barrier the compiler does not see what the guard can answer: with it or without, a
+    # good step is the same program and rounds alike.
+    verdict = jax.lax.optimization_barrier(guard.judge(config.guard, state.guard, loss, norm))
+
+    def learned():
+        updates, opt = optimize.update(gradient, state.opt, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        averaged = average(state.ema, trainable, config.train.ema, state.step)
+        return state.step + 1, trainable, opt, averaged
+
+    # A branch, not a choice between two states: it needs the memory of one.
+    step, trainable, opt, averaged = jax.lax.cond(
+        verdict == guard.GOOD,
+        learned,
+        lambda: (state.step, state.trainable, state.opt, state.ema),
     )
+    memory = guard.remember(state.guard, verdict, loss, norm)
     metrics = sums | {
         "loss": loss,
         "grad_norm": norm,
