@@ -25,6 +25,7 @@ CONNECTOR = Connector(
     "mlp", pool="shuffle", input_norm="layer", hidden=1536, out_scale=0.27, **smol.FLOAT32
 )
 DECODER = decoder("smollm2-135m", **smol.FLOAT32)
+ROWS = 8
 
 
 def get_config(folder: str = "my_data"):
@@ -42,13 +43,14 @@ def get_config(folder: str = "my_data"):
             mixture={"mine": 1.0},
             tokenizer=f"{smol.DECODER_FOLDER}/source/tokenizer.json",
             template="smollm2",
-            # Eight rows of 256 positions; as many conversations share one as fit, and none sees
+            # ROWS rows of 256 positions; as many conversations share one as fit, and none sees
             # another. A conversation longer than a row is left out and counted.
-            rows=8,
+            rows=ROWS,
             tokens=256,
             images_per_row=8,
         ),
-        train=c.Train(steps=500, lr=1e-3, warmup_steps=20),
+        # Found with eight rows; with other ones the rate goes with the square root of their number.
+        train=c.Train(steps=500, lr=c.scaled_lr(1e-3, ROWS, at=8), warmup_steps=20),
         init=(
             c.Init(smol.ENCODER_FOLDER, "encoder"),
             c.Init(smol.DECODER_FOLDER, "decoder"),

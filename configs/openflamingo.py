@@ -41,6 +41,6 @@ def get_config(variant: str = ""):
     rules = c.Rule(r"decoder/cross/.*"), c.Rule(r".*", weight_decay=0.0)
     common.freeze(config, common.ENCODERS, common.DECODER_ALONE, rules=rules)
     # 60M sequences of MMC4 and 120M of LAION; the rate is constant (train.py).
-    common.epochs(config, rows=512, samples=180_000_000, lr=1e-4, weight_decay=0.1, end_lr=1.0)
-    config.train.warmup_steps = 1875
+    common.epochs(config, rows=512, samples=180_000_000, lr=1e-4, weight_decay=0.1)
+    config.train.update(schedule="constant", warmup_steps=1875)
     return config

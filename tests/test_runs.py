@@ -85,13 +85,13 @@ def test_a_model_too_large_for_the_machine_exits_78_before_anything_is_made(tmp_
 def test_a_text_only_baseline_shorter_than_the_warm_up_still_trains():
     from configs import tiny
     from vlm_jax import config, main
-    from vlm_jax.training import optimizer
+    from vlm_jax.training import schedules
 
     settings = tiny.get_config()
     settings.eval.text_only_steps = settings.train.warmup_steps // 2
     baseline = main.text_only_config(config.resolve(settings))
     assert not baseline.data.images and baseline.eval.splits == ("validation",)
-    assert optimizer.schedule(baseline.train)(baseline.train.warmup_steps) == baseline.train.lr
+    assert schedules.make(baseline.train)(baseline.train.warmup_steps) == baseline.train.lr
 
 
 @pytest.fixture(scope="module")

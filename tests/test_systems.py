@@ -13,7 +13,7 @@ from configs import common
 from vlm_jax import config as c
 from vlm_jax.data import pipeline
 from vlm_jax.models import params
-from vlm_jax.training import adaptation, objectives, optimizer
+from vlm_jax.training import adaptation, objectives, schedules
 
 GOLDEN = pathlib.Path(__file__).parent / "goldens" / "configs.json"
 SYSTEMS = systems.systems()
@@ -92,7 +92,7 @@ def test_every_variant_resolves_trains_what_it_says_and_is_built(file):
         if name.partition(":")[0] == file:
             config = systems.config(name)
             plan = adaptation.of(config)
-            optimizer.schedule(config.train)
+            schedules.make(config.train)
             parts = systems.counts(config.model) | {"total": 0}
             parts["total"] = sum(parts.values())
             assert parts.keys() - {"samplers"} == {"encoder", "connector", "decoder", "total"}

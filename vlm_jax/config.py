@@ -240,14 +240,25 @@ class Train:
     """How the model is trained.
 
     Attributes:
-      steps: optimizer steps.
-      optimizer: "adamw", or "muon" for matrices with AdamW for the rest.
-      lr: peak learning rate.
+      steps: optimizer steps; what the guard skips does not count.
+      optimizer: "adamw", "adafactor" (big_vision's form), "lion", or "muon" for matrices with AdamW
+        for the rest.
+      lr: peak learning rate; `scaled_lr` carries one over to another batch size.
       adam_lr: under "muon", the peak learning rate of what AdamW trains.
+      schedule: what follows the warm-up: "cosine" or "linear" to `end_lr` at the last step,
+        "constant", "wsd" (constant, then a decay), or "rsqrt" (lr / sqrt(1 + t / timescale), t
+        steps after the warm-up, then a decay if it has any).
       warmup_steps: linear warm-up from 0.
-      end_lr: where the cosine ends, as a share of `lr`.
-      weight_decay: of AdamW, decoupled, times the learning rate.
-      b1, b2, eps: of AdamW.
+      decay_steps: last steps of "wsd" and "rsqrt", in which the rate falls to `end_lr` of what it
+        would be.
+      decay_shape: how it falls: "linear", "cosine" or "sqrt" (1 - sqrt of the share done).
+      timescale: of "rsqrt", steps.
+      end_lr: where "cosine", "linear" and decays end, as a share of `lr`.
+      weight_decay: decoupled, times the learning rate.
+      b1, b2: of AdamW and Lion (whose authors take 0.9 and 0.99); b1 alone of Adafactor.
+      eps: of AdamW.
+      accumulate: micro-batches that the global batch is split into, one after the other in the
+        memory of one; the gradient is that of the whole batch.
       clip: largest global norm of the gradient; 0 = no clipping.
       label_smoothing: share of the target spread over the vocabulary.
       bag_of_words: weight of the auxiliary loss by which an image's mean visual token names the
@@ -264,12 +275,17 @@ class Train:
     optimizer: str = "adamw"
     lr: float = 1e-3
     adam_lr: float = 1e-3
+    schedule: str = "cosine"
     warmup_steps: int = 100
+    decay_steps: int = 0
+    decay_shape: str = "linear"
+    timescale: int = 10_000
     end_lr: float = 0.0
     weight_decay: float = 0.0
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
+    accumulate: int = 1
     clip: float = 1.0
     label_smoothing: float = 0.0
     bag_of_words: float = 0.0
@@ -278,6 +294,32 @@ class Train:
     pairs: str = "sigmoid"
     ema: float = 0.0
     log_every: int = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Guard:
+    """Steps that are skipped: they cost their batch and leave no trace in the state.
+
+    Spikes are learned from by default: no published recipe skips them, and with few rows a batch
+    far above the mean is common in runs that are well.
+
+    Attributes:
+      nonfinite: skip where the loss or the norm of its gradient is no finite number.
+      sigmas: skip where one of them lies more than so many standard deviations above the mean of
+        the last good steps; 0 = never. OLMo takes 6.
+      window: how many good steps are remembered; spikes are looked for once half of it is filled.
+      floor: smallest standard deviation, as a share of the mean.
+      patience: skips in a row after which the run goes back to its last checkpoint and on with
+        later data.
+      rollbacks: how often it may go back to the same checkpoint before it ends.
+    """
+
+    nonfinite: bool = True
+    sigmas: float = 0.0
+    window: int = 128
+    floor: float = 0.02
+    patience: int = 5
+    rollbacks: int = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -355,10 +397,17 @@ class Init:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """When the run is saved: every `every` steps (0 = only at the end), the last `keep` kept."""
+    """When the run is saved.
+
+    Attributes:
+      every: steps between checkpoints; 0 = only at the end.
+      keep: how many of the last ones are kept.
+      milestones: steps that are saved besides and kept for good, to branch from.
+    """
 
     every: int = 200
     keep: int = 2
+    milestones: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -425,6 +474,7 @@ class Config:
     data: Data
     seed: int = 0
     train: Train = Train()
+    guard: Guard = Guard()
     init: tuple[Init, ...] = ()
     adaptation: tuple[Rule, ...] = FULL
     checkpoint: Checkpoint = Checkpoint()
@@ -440,6 +490,25 @@ def default(**fields) -> ml_collections.ConfigDict:
       **fields: fields of `Config`; `name`, `model` and `data` have no default.
     """
     return ml_collections.ConfigDict(schema.plain(Config(**fields)))
+
+
+def scaled_lr(lr: float, rows: int, at: int, rule: str = "sqrt") -> float:
+    """A learning rate found at one batch size, for another.
+
+    Args:
+      lr: the rate that was found.
+      rows: samples of the batch it is wanted for.
+      at: samples of the batch it was found with.
+      rule: "linear" (Goyal et al. 2017), or "sqrt", which keeps the size of Adam's noise (Malladi
+        et al. 2022).
+
+    Raises:
+      ConfigError: there is no such rule.
+    """
+    powers = {"linear": 1.0, "sqrt": 0.5}
+    if rule not in powers:
+        raise ConfigError(f"scaled_lr: rule is {rule!r}; expected one of {', '.join(powers)}")
+    return lr * (rows / at) ** powers[rule]
 
 
 def resolve(config: Mapping[str, Any]) -> Config:
@@ -458,7 +527,9 @@ def resolve(config: Mapping[str, Any]) -> Config:
 
 CHOICES = {
     "data.attention": ("causal", "prefix"),
-    "train.optimizer": ("adamw", "muon"),
+    "train.optimizer": ("adamw", "adafactor", "lion", "muon"),
+    "train.schedule": ("cosine", "linear", "constant", "wsd", "rsqrt"),
+    "train.decay_shape": ("linear", "cosine", "sqrt"),
     "train.pairs": ("sigmoid", "softmax"),
     "data.augment.background": ("white", "random"),
 }
@@ -508,6 +579,16 @@ def check(config: Config) -> None:
         fits = data.text_tokens <= longest
         expected = f"at most the {longest} positions of the connector"
         _require(fits, "data.text_tokens", data.text_tokens, expected)
+    _check_accumulation(config)
+    for name, least in (
+        ("sigmas", 0),
+        ("floor", 0),
+        ("window", 2),
+        ("patience", 1),
+        ("rollbacks", 0),
+    ):
+        value = getattr(config.guard, name)
+        _require(least <= value < math.inf, f"guard.{name}", value, f"at least {least}")
     temperature = config.train.temperature
     _require(temperature > 0, "train.temperature", temperature, "more than 0")
     for i, rule in enumerate(config.adaptation):
@@ -532,6 +613,8 @@ def _check_pair(config: Config) -> None:
         _require(not getattr(train, name), f"train.{name}", getattr(train, name), "0 of pairs")
     steps = config.eval.text_only_steps
     _require(not steps, "eval.text_only_steps", steps, "0 of pairs")
+    expected = "1 of pairs, which compare the whole batch"
+    _require(train.accumulate == 1, "train.accumulate", train.accumulate, expected)
 
 
 def _check_rule(rule: Rule, path: str) -> None:
@@ -545,6 +628,18 @@ def _check_rule(rule: Rule, path: str) -> None:
     scaled = "alpha" not in read or 0 < rule.alpha < math.inf
     _require(scaled, f"{path}.alpha", rule.alpha, "more than 0")
     _require(0 <= rule.dropout < 1, f"{path}.dropout", rule.dropout, "at least 0 and less than 1")
+
+
+def _check_accumulation(config: Config) -> None:
+    count, rows = config.train.accumulate, config.data.rows
+    divides = count > 0 and rows % count == 0
+    _require(divides, "train.accumulate", count, f"a divisor of data.rows, {rows}")
+    _require(
+        count == 1 or not config.train.contrastive,
+        "train.accumulate",
+        count,
+        "1 beside train.contrastive, which compares the images of the whole batch",
+    )
 
 
 def _check_mixtures(data: Data) -> None:

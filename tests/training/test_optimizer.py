@@ -1,4 +1,4 @@
-"""AdamW against a plain numpy one."""
+"""The optimizers against plain numpy ones, and those of torch."""
 
 import math
 
@@ -9,7 +9,6 @@ import optax
 import pytest
 
 from vlm_jax.config import Rule, Train
-from vlm_jax.errors import ConfigError
 from vlm_jax.training import adaptation, optimizer
 
 RULES = (Rule("frozen/.*", mode="frozen"), Rule("a/.*", lr=0.5, weight_decay=0.0), Rule(".*"))
@@ -71,20 +70,6 @@ def test_five_steps_equal_a_plain_numpy_adamw(clip):
         assert np.abs(now[path] - start[path]).max() > 0.01
 
 
-@pytest.mark.parametrize("warmup", [0, 4])
-def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine(warmup):
-    train = Train(steps=20, lr=0.5, warmup_steps=warmup, end_lr=0.2)
-    rate = optimizer.schedule(train)
-    got = [float(rate(step)) for step in range(21)]
-    np.testing.assert_allclose(got, [numpy_lr(train, step) for step in range(21)], rtol=1e-5)
-    assert got[warmup] == 0.5 and got[20] == pytest.approx(0.1)
-
-
-def test_a_warm_up_as_long_as_the_run_is_refused():
-    with pytest.raises(ConfigError, match=r"warmup_steps is 100.*than the 20 of config"):
-        optimizer.schedule(Train(steps=20, warmup_steps=100))
-
-
 MATRICES = {
     "decoder/output/kernel": ((12, 30), (12, 30)),
     "decoder/stack/blocks/attention/query/kernel": ((2, 12, 3, 4), (2, 12, 12)),
@@ -126,3 +111,93 @@ def test_muon_leaves_embeddings_and_vectors_to_adam_at_its_own_rate():
     gradient, updates = first_muon_update(train, np.random.default_rng(0))
     for path in VECTORS:  # Adam's first step is the sign of the gradient
         np.testing.assert_allclose(updates[path], -0.03 * np.sign(gradient[path]), rtol=1e-4)
+
+
+def walked(train, start, gradients):
+    """The parameters after a step along each gradient."""
+    plan = adaptation.plan(start, (Rule(".*"),))
+    tx, now = optimizer.make(train, plan), jax.tree.map(jnp.asarray, start)
+    opt, update = tx.init(now), jax.jit(tx.update)
+    for gradient in gradients:
+        updates, opt = update(gradient, opt, now)
+        now = optax.apply_updates(now, updates)
+    return now
+
+
+def drawn(rng, shapes):
+    return {path: rng.normal(size=shape).astype(np.float32) for path, shape in shapes.items()}
+
+
+CONSTANT = {"schedule": "constant", "warmup_steps": 0, "steps": 100, "clip": 0.0}
+
+
+def test_lion_is_its_papers_algorithm():
+    rng, shapes = np.random.default_rng(1), {"a/kernel": (6, 5), "a/bias": (5,)}
+    train = Train(optimizer="lion", lr=0.02, b1=0.9, b2=0.99, weight_decay=0.3, **CONSTANT)
+    start, gradients = drawn(rng, shapes), [drawn(rng, shapes) for _ in range(30)]
+    for path, leaf in walked(train, start, gradients).items():
+        # Chen et al. 2023, algorithm 2, in float64.
+        x, m = start[path].astype(np.float64), np.zeros(shapes[path])
+        for gradient in gradients:
+            g = gradient[path].astype(np.float64)
+            x = x - 0.02 * (np.sign(0.9 * m + 0.1 * g) + 0.3 * x)
+            m = 0.99 * m + 0.01 * g
+        np.testing.assert_allclose(leaf, x, rtol=1e-5, atol=1e-6)
+
+
+# Below 32 entries an axis is not factored.
+WIDE, NARROW = {"w/kernel": (48, 40), "stack/kernel": (3, 40, 64)}, {"n/kernel": (40, 8)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("momentum", "atol"), [(0.0, 1e-5), (0.9, 4e-3)])
+def test_adafactor_is_that_of_transformers_where_the_two_agree(momentum, atol):
+    import torch
+    from transformers import Adafactor
+
+    rng = np.random.default_rng(2)
+    shapes = WIDE | {"a/bias": (50,)}
+    train = Train(optimizer="adafactor", lr=0.01, b1=momentum, weight_decay=0.2, **CONSTANT)
+    start, gradients = drawn(rng, shapes), [drawn(rng, shapes) for _ in range(40)]
+    theirs = {path: torch.nn.Parameter(torch.tensor(leaf)) for path, leaf in start.items()}
+    walker = Adafactor(
+        theirs.values(),
+        lr=0.01,
+        eps=(1e-30, 1e-3),
+        clip_threshold=1e30,
+        decay_rate=-0.8,
+        beta1=momentum or None,
+        weight_decay=0.2,
+        scale_parameter=False,
+        relative_step=False,
+    )
+    for gradient in gradients:
+        for path, parameter in theirs.items():
+            parameter.grad = torch.tensor(gradient[path])
+        walker.step()
+    for path, leaf in walked(train, start, gradients).items():
+        # Our momentum is bfloat16: 40 updates of up to 0.01 with 8 bits each, of which ten linger.
+        np.testing.assert_allclose(leaf, theirs[path].detach(), rtol=0, atol=atol)
+        assert np.abs(leaf - start[path]).max() > 0.05
+
+
+def test_adafactors_moments_are_factored_and_average_with_the_papers_rate_up_to_its_cap():
+    rng, shapes = np.random.default_rng(3), WIDE | NARROW
+    train = Train(optimizer="adafactor", lr=1.0, b1=0.9, **CONSTANT)
+    plan = adaptation.plan(drawn(rng, shapes), (Rule(".*"),))
+    tx = optimizer.make(train, plan)
+    flat = drawn(rng, shapes)
+    opt = tx.init(flat)
+    factored, momentum = opt[1]
+    assert {leaf.dtype for leaf in momentum.ema.values()} == {jnp.dtype(jnp.bfloat16)}
+    sizes = {path: factored.v_row[path].size + factored.v_col[path].size for path in shapes}
+    assert sizes == {"w/kernel": 88, "stack/kernel": 312, "n/kernel": 2}
+    assert factored.v["n/kernel"].shape == (40, 8)
+    for step, rate in ((0, 0.0), (1, 1 - 2**-0.8), (999, 1 - 1000**-0.8), (50_000, 0.999)):
+        at = jax.tree.map(lambda x: x, opt)
+        at = optax.tree.set(at, count=jnp.int32(step), v=jax.tree.map(jnp.ones_like, factored.v))
+        _, after = tx.update(flat, at, flat)
+        got = optax.tree.get(after, "v")["n/kernel"]
+        np.testing.assert_allclose(
+            got, rate + (1 - rate) * flat["n/kernel"] ** 2, rtol=1e-4, atol=1e-6
+        )

@@ -25,10 +25,16 @@ QUERIES, PATCH, SIDE = 4, 4, 8
 
 
 class Stream:
-    """A training stream whose batch k is `batch(k)`; a stand-in for `pipeline.TrainStream`."""
+    """A training stream whose batch k is `batch(k)`; a stand-in for `pipeline.TrainStream`.
 
-    def __init__(self, stop_at: int = -1):
-        self.next, self.stop_at = 0, stop_at
+    Args:
+      stop_at: the batch that cannot be had, as if the process had died.
+      bad: batches whose images are no numbers.
+      without: batches that do not come.
+    """
+
+    def __init__(self, stop_at: int = -1, bad: tuple = (), without: tuple = ()):
+        self.next, self.stop_at, self.bad, self.without = 0, stop_at, bad, without
 
     def __enter__(self):
         return self
@@ -40,7 +46,13 @@ class Stream:
         if self.next == self.stop_at:
             raise RuntimeError("killed")
         self.next += 1
-        return batch(self.next), Info((), {("emoji", "truncated"): 2} if self.next == 2 else {})
+        while self.next in self.without:
+            self.next += 1
+        made = batch(self.next)
+        if self.next in self.bad:
+            made = poisoned(made)
+        documents = (((f"emoji/train/{self.next}", "emoji"),),) if self.bad else ()
+        return made, Info(documents, {("emoji", "truncated"): 2} if self.next == 2 else {})
 
     def get_state(self):
         return {"next": self.next, "nested": {"bad": [1, 2]}}
@@ -91,7 +103,10 @@ def prepared(config: Config, devices: int = 1) -> Prepared:
     data = dataclasses.replace(config.data, mixture={})
     train = dataclasses.replace(config.train, log_every=1)
     key = repr(
-        (config.model, data, train, config.seed, config.adaptation, config.parallel, devices)
+        (
+            *(config.model, data, train, config.seed, config.adaptation, config.parallel),
+            *(config.guard, devices),
+        )
     )
     if key not in _PREPARED:
         mesh = meshes.make(config.parallel, jax.devices()[:devices])
@@ -113,6 +128,13 @@ def prepared(config: Config, devices: int = 1) -> Prepared:
 
 _create = states.create  # kept, as tests of the loop put `Prepared.create` in its place
 _PREPARED: dict[str, Prepared] = {}
+
+
+def poisoned(batch: Batch) -> Batch:
+    """The batch, with one pixel that is no number."""
+    patches = batch.images.patches.copy()
+    patches[0, 0, 0] = np.nan
+    return batch._replace(images=batch.images._replace(patches=patches))
 
 
 def batch(seed: int, rows: int = ROWS) -> Batch:

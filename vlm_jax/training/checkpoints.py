@@ -3,11 +3,12 @@
 A checkpoint is one folder of `workdir/checkpoints`, put in place by a rename when it is complete.
 """
 
+import contextlib
 import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -90,18 +91,19 @@ class Checkpoints:
             )
         self._newest = step
 
-    def restore(self, abstract: State, stream: Stream) -> State | None:
+    def restore(self, abstract: State, stream: Stream, newest: int | None = None) -> State | None:
         """The state of the newest good checkpoint on the devices of `abstract`, or None.
 
         `stream` is set to where that checkpoint's data stood. Checkpoints that cannot be read are
-        moved to `workdir/unreadable` once an older one has been restored.
+        moved to `workdir/unreadable` once an older one has been restored. With `newest`, those
+        after that step are passed over, but for the oldest of all.
 
         Raises:
           ConfigError: the checkpoint is of another config; names what differs.
           StorageError: there are checkpoints and none can be read.
         """
         broken = []
-        for step in sorted((saved.step for saved in self._orbax.checkpoints), reverse=True):
+        for step in self._steps(newest):
             try:
                 metadata = _metadata(self._orbax, step)
                 restored = self._orbax.load_checkpointables(step, _items(abstract))
@@ -121,14 +123,28 @@ class Checkpoints:
             )
         return None
 
+    def forget(self, after: int) -> None:
+        """Deletes the checkpoints of later steps, which a roll-back undid."""
+        with _storage(f"deleting checkpoints of {self._workdir}"):
+            for step in self._steps():
+                if step > after:
+                    self._orbax.delete(step)
+
+    def _steps(self, newest: int | None = None) -> list[int]:
+        """Those that are saved, the newest first."""
+        with _storage(f"finishing a checkpoint in {self._workdir}"):
+            self._orbax.wait()
+        steps = sorted((saved.step for saved in self._orbax.checkpoints), reverse=True)
+        if newest is None:
+            return steps
+        return [step for step in steps if step <= newest] or steps[-1:]
+
     def _open(self) -> ocp.training.Checkpointer:
         with _storage(f"opening the checkpoints of {self._workdir}"):
             (self._workdir / FOLDER).mkdir(parents=True, exist_ok=True)
             return ocp.training.Checkpointer(
                 epath.Path(self._workdir / FOLDER),
-                preservation_policy=ocp.training.preservation_policies.LatestN(
-                    max(self._config.checkpoint.keep, 1)
-                ),
+                preservation_policy=_kept(self._config),
                 cleanup_tmp_directories=True,  # what a killed process left half-written
             )
 
@@ -144,6 +160,13 @@ class Checkpoints:
                 (self._workdir / FOLDER / str(step)).rename(target)
         multihost_utils.sync_global_devices("checkpoints put aside")
         self._orbax = self._open()
+
+
+def _kept(config: Config) -> ocp.training.preservation_policies.PreservationPolicy:
+    policies = ocp.training.preservation_policies
+    latest = policies.LatestN(max(config.checkpoint.keep, 1))
+    milestones = policies.CustomSteps(list(config.checkpoint.milestones))
+    return policies.AnyPreservationPolicy([latest, milestones])
 
 
 def write_config(workdir: str | os.PathLike, config: Config) -> None:
@@ -168,18 +191,8 @@ def load_params(
     Raises:
       StorageError: there is no such checkpoint, or it cannot be read.
     """
-    folder = Path(workdir).resolve() / FOLDER
-    if not folder.is_dir():
-        raise StorageError(f"{workdir} is not a run's folder: it has no {FOLDER}/")
-    with ocp.training.Checkpointer(epath.Path(folder)) as orbax:
-        saved = [checkpoint.step for checkpoint in orbax.checkpoints]
-        if not saved or step not in (None, *saved):
-            raise StorageError(
-                f"{folder} has no checkpoint{'' if step is None else f' of step {step}'}; "
-                f"it has {saved or 'none'}"
-            )
-        step = max(saved) if step is None else step
-        with _storage(f"reading step {step} of {folder}"):
+    with _opened(workdir, step) as (orbax, step):
+        with _storage(f"reading step {step} of {workdir}"):
             config = configs.resolve(_metadata(orbax, step)["config"])
             here = SingleDeviceSharding(jax.local_devices()[0])
             plan = adaptation.of(config)
@@ -196,14 +209,63 @@ def load_params(
     return config, {**loaded.get("frozen", {}), **loaded[learned]}
 
 
-def refuse_other_config(saved: Mapping[str, Any], config: Config, workdir: Path) -> None:
-    """Raises ConfigError where `config` would not continue the run that `saved` describes."""
+def load_state(
+    workdir: str | os.PathLike, step: int, abstract: State, stream: Stream
+) -> tuple[State, Mapping[str, Any]]:
+    """The state of some run's checkpoint and its config as JSON; the run's folder is only read.
+
+    Args:
+      workdir: the run's folder.
+      step: which checkpoint.
+      abstract: shapes and places of the state.
+      stream: set to where that checkpoint's data stood.
+
+    Raises:
+      StorageError: there is no such checkpoint, or it cannot be read.
+    """
+    with _opened(workdir, step) as (orbax, step):
+        with _storage(f"reading step {step} of {workdir}"):
+            metadata = _metadata(orbax, step)
+            restored = orbax.load_checkpointables(step, _items(abstract))
+    stream.set_state(metadata["data"])
+    return _state(restored, abstract), metadata["config"]
+
+
+@contextlib.contextmanager
+def _opened(
+    workdir: str | os.PathLike, step: int | None
+) -> Iterator[tuple[ocp.training.Checkpointer, int]]:
+    """The checkpoints of a run, which may be running, and the one that was asked for."""
+    folder = Path(workdir).resolve() / FOLDER
+    if not folder.is_dir():
+        raise StorageError(f"{workdir} is not a run's folder: it has no {FOLDER}/")
+    with ocp.training.Checkpointer(epath.Path(folder)) as orbax:
+        saved = [checkpoint.step for checkpoint in orbax.checkpoints]
+        if not saved or step not in (None, *saved):
+            raise StorageError(
+                f"{folder} has no checkpoint{'' if step is None else f' of step {step}'}; "
+                f"it has {saved or 'none'}"
+            )
+        yield orbax, max(saved) if step is None else step
+
+
+def refuse_other_config(
+    saved: Mapping[str, Any], config: Config, workdir: Path, free: Sequence[str] = ()
+) -> None:
+    """Raises ConfigError where `config` would not continue the run that `saved` describes.
+
+    Args:
+      saved: its config as JSON.
+      config: what is to continue it.
+      workdir: its folder.
+      free: further fields that may differ.
+    """
     old = dict(_flat(as_json(configs.resolve(saved))))
     new = dict(_flat(as_json(config)))
     changed = [
         f"config.{key} was {old.get(key, 'absent')!r} and is {new.get(key, 'absent')!r}"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not _free(key)
+        if old.get(key) != new.get(key) and not _free(key, (*FREE, *free))
     ]
     if changed:
         raise ConfigError(
@@ -212,8 +274,8 @@ def refuse_other_config(saved: Mapping[str, Any], config: Config, workdir: Path)
         )
 
 
-def _free(key: str) -> bool:
-    return any(key == free or key.startswith(f"{free}.") for free in FREE)
+def _free(key: str, fields: Sequence[str]) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in fields)
 
 
 def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -232,7 +294,7 @@ def as_json(config: Config) -> dict[str, Any]:
 
 def _items(state: State) -> dict[str, Any]:
     """The parts of a checkpoint; Orbax refuses empty ones."""
-    rest = {"step": state.step, "key": state.key, "opt": state.opt}
+    rest = {"step": state.step, "key": state.key, "opt": state.opt, "guard": state.guard}
     parts = {"trainable": state.trainable, "frozen": state.frozen, "ema": state.ema}
     return {name: part for name, part in parts.items() if part} | {"optimizer": rest}
 
@@ -246,6 +308,7 @@ def _state(items: Mapping[str, Any], abstract: State) -> State:
         opt=rest["opt"],
         ema=None if abstract.ema is None else items["ema"],
         key=rest["key"],
+        guard=rest["guard"],
     )
 
 

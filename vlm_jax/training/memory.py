@@ -87,7 +87,8 @@ def needed(config: Config, plan: Plan, mesh: Mesh, state: State) -> dict[str, in
     trainable = _bytes(state.trainable)
     parts = {
         "parameters": trainable + _bytes(state.frozen),
-        "gradients": trainable,
+        # That of a micro-batch stands beside the sum.
+        "gradients": trainable * (2 if config.train.accumulate > 1 else 1),
         "optimizer": _bytes(state.opt),
         "average": _bytes(state.ema),
         "activations": int(_activations(config, plan, mesh.shape)),
@@ -124,7 +125,8 @@ def _bytes(tree) -> int:
 
 
 def _activations(config: Config, plan: Plan, mesh: Mapping[str, int]) -> float:
-    rows = math.ceil(config.data.rows / (mesh["data"] * mesh["fsdp"]))
+    ways = mesh["data"] * mesh["fsdp"] * config.train.accumulate
+    rows = math.ceil(config.data.rows / ways)
     total, below = 0.0, False
     for tower in _towers(config, rows, mesh["tensor"]):
         # Gradients flow through a tower where anything trains in it or below it.

@@ -1,6 +1,7 @@
 """metrics.jsonl, the truth about a run, and the views of it that were asked for."""
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,9 +13,11 @@ from vlm_jax.config import Config
 from vlm_jax.data.packing import Info
 from vlm_jax.errors import ConfigError
 from vlm_jax.schema import plain
+from vlm_jax.training import guard
 
 FILE = "metrics.jsonl"
 QUARANTINE = "quarantine.jsonl"
+SKIPPED = "skipped.jsonl"
 
 Row = dict[str, Any]
 
@@ -23,7 +26,7 @@ def row(step: int, sums: Mapping[str, Any], info: Info) -> Row:
     """A step's line, from the sums of `objectives.losses` on the host.
 
     `loss` is nats per supervised token; `objective` is what was minimised (with label smoothing and
-    the auxiliary losses).
+    the auxiliary losses). A skipped step says why, and lacks what is no number.
     """
     weight = max(float(sums["weight"]), 1.0)
     line = {
@@ -44,6 +47,9 @@ def row(step: int, sums: Mapping[str, Any], info: Info) -> Row:
         if f"{name}_nll" in sums:
             images = max(int(sums[f"{name}_images"]), 1)
             line[f"{name}_loss"] = float(sums[f"{name}_nll"]) / images
+    if verdict := int(sums.get("verdict", guard.GOOD)):
+        line = {k: v for k, v in line.items() if math.isfinite(v)}
+        line["skipped"] = guard.REASONS[verdict]
     if info.rejects:
         rejects = sorted(info.rejects.items())
         line["rejects"] = {f"{source}/{reason}": count for (source, reason), count in rejects}
@@ -66,10 +72,11 @@ class Journal:
     Args:
       path: of the file.
       step: where the run stands; lines that a killed process wrote of later steps are dropped.
+      by: the field that says how far a line is.
     """
 
-    def __init__(self, path: Path, step: int):
-        _drop_after(path, step)
+    def __init__(self, path: Path, step: int, by: str = "step"):
+        _drop_after(path, step, by)
         self._file = path.open("a")
 
     def write(self, line: Row) -> None:
@@ -97,20 +104,24 @@ class View(Protocol):
 class Metrics:
     """Appends lines to metrics.jsonl and shows them in the views; only the first host does.
 
-    Every host lists the samples that it could not use: in quarantine.jsonl, or in a file of the
-    same kind with its number.
+    Every host lists the samples that it could not use and the batches that the guard skipped: in
+    quarantine.jsonl and skipped.jsonl, or in files of the same kind with its number.
 
     Args:
       workdir: the run's folder.
       config: the run; `tracking` names the views.
       step: where the run stands.
+      drawn: how many batches it drew, which roll-backs do not turn back; None = `step`.
     """
 
-    def __init__(self, workdir: str | os.PathLike, config: Config, step: int):
+    def __init__(
+        self, workdir: str | os.PathLike, config: Config, step: int, drawn: int | None = None
+    ):
         workdir, host = Path(workdir), jax.process_index()
         self._file, self._views = None, []
-        bad = Path(QUARANTINE)
-        self._bad = Journal(workdir / (bad.with_stem(f"{bad.stem}-{host}") if host else bad), step)
+        self._bad = Journal(workdir / _of_host(QUARANTINE, host), step)
+        drawn = step if drawn is None else drawn
+        self._skipped = Journal(workdir / _of_host(SKIPPED, host), drawn, by="batch")
         if host == 0:
             self._file = Journal(workdir / FILE, step)
             self._views = _views(workdir, config, step)
@@ -119,7 +130,7 @@ class Metrics:
         return self
 
     def __exit__(self, *_) -> None:
-        for open_ in (self._bad, *filter(None, [self._file]), *self._views):
+        for open_ in (self._bad, self._skipped, *filter(None, [self._file]), *self._views):
             open_.close()
 
     def write(self, line: Row, show: bool = True) -> None:
@@ -136,11 +147,28 @@ class Metrics:
         for line in quarantined(step, info):
             self._bad.write(line)
 
+    def skip(self, line: Row, batch: int, info: Info) -> None:
+        """Lists the documents of a batch that was skipped, so that they can be looked at."""
+        wanted = ("step", "skipped", "loss", "objective", "grad_norm")
+        figures = {name: line[name] for name in wanted if name in line}
+        documents = [list(document) for row in info.documents for document in row]
+        self._skipped.write({"batch": batch, **figures, "documents": documents})
+
+    def rolled_back(self, step: int, batch: int, to: int) -> None:
+        """Lists a roll-back from `step`, after so many batches, to an earlier step."""
+        self._skipped.write({"batch": batch, "step": step, "rolled_back_to": to})
+
     def sync(self) -> None:
         """Puts all lines on the disk, so that none is older than the checkpoint that follows."""
         self._bad.sync()
+        self._skipped.sync()
         if self._file is not None:
             self._file.sync()
+
+
+def _of_host(name: str, host: int) -> str:
+    path = Path(name)
+    return f"{path.stem}-{host}{path.suffix}" if host else name
 
 
 def scalars(line: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
@@ -149,19 +177,19 @@ def scalars(line: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     for name, value in line.items():
         if isinstance(value, Mapping):
             found |= scalars(value, f"{prefix}{name}/")
-        elif name != "step":
+        elif name != "step" and not isinstance(value, str):
             found[f"{prefix}{name}"] = float(value)
     return found
 
 
-def _drop_after(path: Path, step: int) -> None:
+def _drop_after(path: Path, step: int, by: str) -> None:
     """Keeps the whole lines up to `step`; the file is replaced in one piece."""
     if not path.exists():
         return
     whole = path.with_suffix(".tmp")
     with path.open() as old, whole.open("w") as new:
         for line in old:
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
+            if line.endswith("\n") and json.loads(line)[by] <= step:
                 new.write(line)
         new.flush()
         os.fsync(new.fileno())

@@ -17,8 +17,20 @@ Sums = dict[str, Array]
 NEVER = -1e30  # not infinity: an image without any other would give gradients of NaN
 
 
+def totals(batch: Batch) -> Sums:
+    """What the losses of a batch are divided by; no model is needed."""
+    return {
+        "weight": jnp.sum(target_weights(batch)),
+        "words_images": jnp.sum(jnp.any(batch.image_texts > 0, axis=-1)),
+    }
+
+
 def losses(
-    vlm: VLM, batch: Batch, config: Config, dropout: Array | None = None
+    vlm: VLM,
+    batch: Batch,
+    config: Config,
+    dropout: Array | None = None,
+    whole: Sums | None = None,
 ) -> tuple[Float[Array, ""], Sums]:
     """The scalar to minimise over a global batch, and its metrics as sums.
 
@@ -34,9 +46,12 @@ def losses(
       batch: a global batch.
       config: read for `data.images`, the smoothing and the weights of the auxiliary losses.
       dropout: PRNG key; None = evaluation.
+      whole: `totals` of the batch that these rows are a part of, whose losses add up to its own;
+        the contrastive one, which compares all images, cannot be had in parts.
     """
     if config.model.pair:
         return belonging(vlm, batch, config.train.pairs, dropout)
+    whole = whole or {}
     keys = (None, None) if dropout is None else jax.random.split(dropout)
     # Without images no row looks at a visual token: the encoder need not run at all.
     visual = None
@@ -46,7 +61,7 @@ def losses(
         texts = batch.image_texts if config.model.instructed else None
         visual = vlm.visual(seen, keys[0], texts)
     logits = vlm.unembed(vlm.hidden(batch, visual, keys[1]))
-    loss, sums = next_token(logits, batch, config.train.label_smoothing)
+    loss, sums = next_token(logits, batch, config.train.label_smoothing, whole.get("weight"))
     sums |= {
         "tokens": jnp.sum(batch.segments > 0),
         "positions": jnp.asarray(batch.segments.size),
@@ -60,7 +75,7 @@ def losses(
         apart, apart_sums = contrastive(tokens, batch.image_texts, config.train.temperature)
         loss, sums = loss + config.train.contrastive * apart, sums | apart_sums
     if config.train.bag_of_words and tokens is not None:
-        words, words_sums = bag_of_words(vlm, tokens, batch.image_texts)
+        words, words_sums = bag_of_words(vlm, tokens, batch.image_texts, whole.get("words_images"))
         loss, sums = loss + config.train.bag_of_words * words, sums | words_sums
     return loss, sums
 
@@ -97,9 +112,15 @@ def belonging(
 
 
 def next_token(
-    logits: Float[Array, "B T V"], batch: Batch, smoothing: float = 0.0
+    logits: Float[Array, "B T V"],
+    batch: Batch,
+    smoothing: float = 0.0,
+    whole: Float[Array, ""] | None = None,
 ) -> tuple[Float[Array, ""], Sums]:
-    """Cross-entropy of the token after each position, within its document, in float32."""
+    """Cross-entropy of the token after each position, within its document, in float32.
+
+    It is divided by the weight of the batch, or by `whole`.
+    """
     target = jnp.roll(batch.tokens, -1, axis=1)
     weight = target_weights(batch)
     top = jnp.max(logits, axis=-1)
@@ -116,17 +137,22 @@ def next_token(
         "weight": total,
         "correct": jnp.sum(weight * (target_logit >= top)),
     }
-    return jnp.sum(weight * smoothed) / jnp.maximum(total, 1.0), sums
+    divisor = total if whole is None else whole
+    return jnp.sum(weight * smoothed) / jnp.maximum(divisor, 1.0), sums
 
 
 def bag_of_words(
-    vlm: VLM, visual: Float[Array, "B N Q D"], texts: Int[Array, "B N S"]
+    vlm: VLM,
+    visual: Float[Array, "B N Q D"],
+    texts: Int[Array, "B N S"],
+    whole: Int[Array, ""] | None = None,
 ) -> tuple[Float[Array, ""], Sums]:
     """How well the mean visual token of an image names the words of its text, in any order.
 
     Softmax cross-entropy of the decoder's own output matrix against the uniform distribution over
     the distinct tokens of the text (Joulin et al. 2016, "Learning visual features from large weakly
-    supervised data"), averaged over the images that have one. It has no parameters of its own.
+    supervised data"), averaged over the images that have one, or divided by `whole`. It has no
+    parameters of its own.
     """
     logits = vlm.unembed(visual.mean(axis=2))
     log_probs = jax.nn.log_softmax(logits, axis=-1)
@@ -135,7 +161,8 @@ def bag_of_words(
     picked = jnp.take_along_axis(log_probs, texts, axis=-1)
     per_image = -jnp.sum(jnp.where(wanted, picked, 0.0), axis=-1) / jnp.maximum(words, 1)
     total, images = jnp.sum(per_image), jnp.sum(words > 0)
-    return total / jnp.maximum(images, 1), {"words_nll": total, "words_images": images}
+    divisor = jnp.maximum(images if whole is None else whole, 1)
+    return total / divisor, {"words_nll": total, "words_images": images}
 
 
 def contrastive(

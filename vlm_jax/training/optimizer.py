@@ -1,4 +1,4 @@
-"""AdamW or Muon with warm-up, cosine, clipping, and learning-rate and decay factors by path."""
+"""AdamW, Adafactor, Lion or Muon, clipped, with learning-rate and decay factors by path."""
 
 import math
 import re
@@ -10,34 +10,16 @@ import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from vlm_jax.config import Train
-from vlm_jax.errors import ConfigError
+from vlm_jax.training import schedules
 from vlm_jax.training.adaptation import Plan
-
-
-def schedule(train: Train) -> optax.Schedule:
-    """Learning rate by step: linear from 0 over `warmup_steps`, then a cosine to `end_lr * lr`.
-
-    Raises:
-      ConfigError: the warm-up is as long as the run.
-    """
-    if not 0 <= train.warmup_steps < train.steps:
-        raise ConfigError(
-            f"config.train.warmup_steps is {train.warmup_steps}; expected at least 0 and fewer "
-            f"than the {train.steps} of config.train.steps"
-        )
-    return optax.warmup_cosine_decay_schedule(
-        init_value=0.0 if train.warmup_steps else train.lr,
-        peak_value=train.lr,
-        warmup_steps=train.warmup_steps,
-        decay_steps=train.steps,
-        end_value=train.lr * train.end_lr,
-    )
 
 
 def make(train: Train, plan: Plan) -> optax.GradientTransformation:
     """The optimizer over the trainable parameters by path.
 
-    "adamw" is AdamW (Loshchilov and Hutter 2019). "muon" orthogonalises the momentum of matrices
+    "adamw" is AdamW (Loshchilov and Hutter 2019), "lion" Lion (Chen et al. 2023). "adafactor" is
+    Adafactor (Shazeer and Stern 2018) as big_vision's `scale_by_adafactor` has it (Zhai et al.
+    2022): see `_adafactor`. "muon" orthogonalises the momentum of matrices
     and convolutions (Jordan et al. 2024), scaled to the size of Adam's updates (Liu et al. 2025,
     "Muon is scalable for LLM training"), and leaves the rest to AdamW at `adam_lr`.
 
@@ -57,7 +39,7 @@ def make(train: Train, plan: Plan) -> optax.GradientTransformation:
             {path: train.weight_decay * factor for path, factor in plan.weight_decay.items()}
         ),
         _scale_each(rates),
-        optax.scale_by_learning_rate(schedule(train)),
+        optax.scale_by_learning_rate(schedules.make(train)),
     )
 
 
@@ -84,15 +66,45 @@ def _matrices(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, MuonDimen
     return found
 
 
+def _adam(train: Train) -> optax.GradientTransformation:
+    return optax.scale_by_adam(train.b1, train.b2, train.eps, mu_dtype=jnp.float32)
+
+
+def _lion(train: Train) -> optax.GradientTransformation:
+    return optax.scale_by_lion(train.b1, train.b2, mu_dtype=jnp.float32)
+
+
+def _adafactor(train: Train) -> optax.GradientTransformation:
+    """Adafactor with a bfloat16 momentum of the updates, and neither clipping nor scale of its own.
+
+    The second moment, factored over the two longest axes where both have 32 entries, is averaged
+    with min(0.999, 1 - t^-0.8) in step t = 1, 2, ...; layers stacked on the first axis count as an
+    axis, as in big_vision's scanned towers. big_vision's `clipping_threshold` is None by default.
+    """
+    return optax.chain(
+        optax.scale_by_factored_rms(
+            min_dim_size_to_factor=32,
+            epsilon=1e-30,
+            decay_rate_fn=lambda step, power: jnp.minimum(0.999, 1.0 - (step + 1.0) ** -power),
+        ),
+        optax.ema(train.b1, debias=False, accumulator_dtype=jnp.bfloat16)
+        if train.b1
+        else optax.identity(),
+    )
+
+
+DIRECTIONS = {"adamw": _adam, "adafactor": _adafactor, "lion": _lion}
+
+
 def _direction(
     train: Train,
     shapes: Mapping[str, jax.ShapeDtypeStruct],
     matrices: Mapping[str, MuonDimensionNumbers],
 ) -> optax.GradientTransformation:
     """Where a step goes, before decay and learning rate."""
-    adam = optax.scale_by_adam(train.b1, train.b2, train.eps, mu_dtype=jnp.float32)
+    other = DIRECTIONS.get(train.optimizer, _adam)(train)
     if not matrices:
-        return adam
+        return other
     numbers = {path: matrices.get(path, optax.MaskedNode()) for path in shapes}
     sizes = {path: _longer_side(shapes[path].shape, axes) for path, axes in matrices.items()}
     # An orthogonal matrix has entries of 1 / sqrt(longer side); 0.2 is the usual size of Adam's.
@@ -101,7 +113,7 @@ def _direction(
         _scale_each({path: 0.2 * math.sqrt(size) for path, size in sizes.items()}),
     )
     labels = {path: "muon" if path in matrices else "adam" for path in shapes}
-    return optax.partition({"muon": muon, "adam": adam}, labels)
+    return optax.partition({"muon": muon, "adam": other}, labels)
 
 
 def _longer_side(shape: tuple[int, ...], axes: MuonDimensionNumbers) -> int:

@@ -94,7 +94,8 @@ class Progress:
 
 def describe(line: Mapping[str, Any], steps: int) -> str:
     """A step for people."""
-    parts = [f"step {line['step']}/{steps}", f"loss {line['loss']:.4f}"]
+    loss = f"loss {line['loss']:.4f}" if "loss" in line else "loss -"
+    parts = [f"step {line['step']}/{steps}", loss]
     speeds = line.get("time")
     if speeds:
         parts += [

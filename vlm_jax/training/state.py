@@ -1,18 +1,17 @@
 """The state of a run: everything on the devices that a checkpoint must hold."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jaxtyping import Array, Int, UInt32
 
 from vlm_jax.config import Config
 from vlm_jax.models import adapters, params
 from vlm_jax.parallel import sharding
-from vlm_jax.training import initial, optimizer
+from vlm_jax.training import guard, initial, optimizer
 from vlm_jax.training.adaptation import Plan
 
 # Drawing hundreds of parameters is one large program that runs once: on a CPU, LLVM spent 15 s on
@@ -32,6 +31,7 @@ class State:
       opt: the optimizer's state, for `trainable` alone.
       ema: float32 running average of `trainable`, or None.
       key: data of the PRNG key that dropout of every step is folded from.
+      guard: what the guard knows.
     """
 
     step: Int[Array, ""]
@@ -40,6 +40,12 @@ class State:
     opt: optax.OptState
     ema: dict[str, Array] | None
     key: UInt32[Array, "2"]
+    guard: guard.Memory
+
+    @property
+    def done(self) -> int:
+        """Steps of the loop that led here, skipped ones among them; waits for the device."""
+        return int(self.step) + int(self.guard.skipped)
 
     def evaluated(self) -> dict[str, Array]:
         """All parameters by path as evaluation and export want them: averages where kept."""
@@ -65,6 +71,7 @@ def fresh(config: Config, plan: Plan, loaded: dict[str, Array] | None = None) ->
         opt=optimizer.make(config.train, plan).init(trainable),
         ema=jax.tree.map(jnp.copy, trainable) if config.train.ema else None,
         key=jax.random.key_data(dropout_key),
+        guard=guard.fresh(config.guard),
     )
 
 
@@ -85,15 +92,14 @@ def abstract(config: Config, plan: Plan, mesh: Mesh) -> State:
     places = sharding.named(mesh, plan.shapes, params.axes)
 
     def place(keys: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_place(keys, places, mesh))
+        # Moments and averages lie where their parameter lies; counters, keys and factored moments
+        # everywhere.
+        path = getattr(keys[-1], "key", None)
+        alike = path in places and leaf.shape == plan.shapes[path].shape
+        where = places[path] if alike else sharding.replicated(mesh)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
     return jax.tree_util.tree_map_with_path(place, shapes)
-
-
-def _place(keys: tuple[Any, ...], places: dict[str, NamedSharding], mesh: Mesh) -> NamedSharding:
-    """Moments and averages lie where their parameter lies; counters and keys everywhere."""
-    path = getattr(keys[-1], "key", None)
-    return places.get(path, sharding.replicated(mesh))
 
 
 def kept_bytes(state: State) -> dict[str, int]:

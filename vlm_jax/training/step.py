@@ -15,7 +15,7 @@ from vlm_jax.config import Config
 from vlm_jax.errors import ConfigError
 from vlm_jax.models import params
 from vlm_jax.parallel import sharding
-from vlm_jax.training import objectives, optimizer
+from vlm_jax.training import accumulation, guard, objectives, optimizer, schedules
 from vlm_jax.training.adaptation import Plan
 from vlm_jax.training.state import State, abstract, shardings
 
@@ -27,17 +27,20 @@ def make_step(
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """The step function. It takes the state's buffers over: use only the state it returns.
 
-    Metrics are the sums of `objectives.losses` with `loss`, `grad_norm` (before clipping) and
-    `learning_rate`, as arrays that may not be computed yet.
+    Metrics are the sums of `objectives.losses` with `loss`, `grad_norm` (before clipping),
+    `learning_rate`, the guard's `verdict` and the counts of its memory after the step, as arrays
+    that may not be computed yet.
 
     Raises:
       ConfigError: the rows of a batch cannot be spread over the mesh.
     """
     rows, ways = config.data.rows, mesh.shape["data"] * mesh.shape["fsdp"]
-    if rows % ways:
+    count = config.train.accumulate
+    if rows % (ways * count):
+        times = f", times the {count} of config.train.accumulate" if count > 1 else ""
         raise ConfigError(
             f"config.data.rows is {rows}; expected a multiple of the {ways} devices of the mesh's "
-            "data and fsdp axes"
+            f"data and fsdp axes{times}"
         )
     state_places = shardings(abstract(config, plan, mesh))
     jitted = jax.jit(
@@ -69,21 +72,45 @@ def _step(
 ) -> tuple[State, Metrics]:
     dropout = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
 
-    def objective(trainable: dict[str, Array]):
-        flat = {**state.frozen, **trainable}
-        vlm = params.build(config.model, flat, plan.dropout, dropout)
-        return objectives.losses(vlm, batch, config, dropout)
+    count = config.train.accumulate
+    whole = objectives.totals(batch) if count > 1 else None
 
-    (loss, sums), gradient = jax.value_and_grad(objective, has_aux=True)(state.trainable)
-    updates, opt = optimize.update(gradient, state.opt, state.trainable)
-    trainable = optax.apply_updates(state.trainable, updates)
-    averaged = average(state.ema, trainable, config.train.ema, state.step)
+    def objective(trainable: dict[str, Array], rows: Batch, key: Array):
+        flat = {**state.frozen, **trainable}
+        vlm = params.build(config.model, flat, plan.dropout, key)
+        return objectives.losses(vlm, rows, config, key, whole)
+
+    (loss, sums), gradient = accumulation.gradient(
+        objective, state.trainable, batch, dropout, count
+    )
+    norm = optax.tree.norm(gradient)
+    # Behind the barrier the compiler does not see what the guard can answer: with it or without, a
+    # good step is the same program and rounds alike.
+    verdict = jax.lax.optimization_barrier(guard.judge(config.guard, state.guard, loss, norm))
+
+    def learned():
+        updates, opt = optimize.update(gradient, state.opt, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        averaged = average(state.ema, trainable, config.train.ema, state.step)
+        return state.step + 1, trainable, opt, averaged
+
+    # A branch, not a choice between two states: it needs the memory of one.
+    step, trainable, opt, averaged = jax.lax.cond(
+        verdict == guard.GOOD,
+        learned,
+        lambda: (state.step, state.trainable, state.opt, state.ema),
+    )
+    memory = guard.remember(state.guard, verdict, loss, norm)
     metrics = sums | {
         "loss": loss,
-        "grad_norm": optax.tree.norm(gradient),
-        "learning_rate": jnp.asarray(optimizer.schedule(config.train)(state.step)),
+        "grad_norm": norm,
+        "learning_rate": jnp.asarray(schedules.make(config.train)(state.step)),
+        "verdict": verdict,
+        "skipped": memory.skipped,
+        "in_row": memory.in_row,
+        "drawn": memory.drawn,
     }
-    return State(state.step + 1, trainable, state.frozen, opt, averaged, state.key), metrics
+    return State(step, trainable, state.frozen, opt, averaged, state.key, memory), metrics
 
 
 def average(
