@@ -196,6 +196,8 @@ class Data:
       images_per_row: image slots of a row, N.
       patches_per_row: patches of a row, which its images share as `model.encoder` sees them, for an
         encoder with `max_patches`; 0 = each slot has room of its own.
+      overlong: what becomes of a sample longer than `tokens`: "reject", or "truncate" to its first
+        ones, none of a picture that would not stand there whole.
       text_tokens: tokens of an image's second text, S. It is the image's own text, cut there, which
         auxiliary losses read; or what is asked about it, never cut, where the connector reads that.
       instruction_tokenizer: of what the connector reads, as `tokenizer`; "" = the same.
@@ -224,6 +226,7 @@ class Data:
     tokens: int = 256
     images_per_row: int = 8
     patches_per_row: int = 0
+    overlong: str = "reject"
     text_tokens: int = 16
     instruction_tokenizer: str = ""
     views: int = 1
@@ -527,6 +530,7 @@ def resolve(config: Mapping[str, Any]) -> Config:
 
 CHOICES = {
     "data.attention": ("causal", "prefix"),
+    "data.overlong": ("reject", "truncate"),
     "train.optimizer": ("adamw", "adafactor", "lion", "muon"),
     "train.schedule": ("cosine", "linear", "constant", "wsd", "rsqrt"),
     "train.decay_shape": ("linear", "cosine", "sqrt"),

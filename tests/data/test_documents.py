@@ -58,6 +58,25 @@ def test_what_fits_no_row_is_refused_whole(small, spoiled):
     assert not documents.document(made(3), small(tokens=len(whole)), TOKENIZER).rejects
 
 
+def test_what_fits_no_row_is_cut_before_a_picture_where_that_is_the_policy(small, spoiled):
+    whole = documents.document(made(3), small(), TOKENIZER)
+    last = np.flatnonzero(whole.visual_index >= 8)  # of the third picture, in the second turn
+    first_answer = int(np.flatnonzero(whole.loss_weights)[0])
+    for tokens in range(first_answer + 1, len(whole) + 1):
+        config = small(tokens=tokens, overlong="truncate")
+        document = documents.document(made(3), config, TOKENIZER)
+        inside = last[0] <= tokens - 1 and tokens <= last[-1]
+        size = last[0] if inside else tokens
+        assert (len(document), document.rejects) == (size, ())
+        assert document.truncated == (tokens < len(whole))
+        assert len(document.pixels) == len(document.texts) == 2 + (size > last[-1])
+        for field in ("tokens", "loss_weights", "visual_index", "image_index"):
+            np.testing.assert_array_equal(getattr(document, field), getattr(whole, field)[:size])
+    # Nothing of an answer would be left.
+    config = small(tokens=first_answer, overlong="truncate")
+    assert documents.document(made(3), config, TOKENIZER).rejects == ("too_many_tokens",)
+
+
 def test_without_images_the_text_stays_and_nothing_visual(small, spoiled):
     config = small(images=False)
     example = made(3)

@@ -161,6 +161,19 @@ def test_views_of_one_thing_share_a_batch(small):
     assert together[1] < 20
 
 
+def test_what_is_cut_is_counted_and_learned_from(small, spoiled):
+    config = small(mixture={"made:one": 1.0}, tokens=40, overlong="truncate", bad_samples=1.0)
+    cut = collections.Counter()
+    for batch, info in first(config, 12):
+        cut.update(info.truncated)
+        assert batch.loss_weights.any(axis=1).all()
+    kept = first(
+        dataclasses.replace(config, data=dataclasses.replace(config.data, overlong="reject")), 12
+    )
+    refused = sum(info.rejects.get(("one", "too_many_tokens"), 0) for _, info in kept)
+    assert cut.keys() == {"one"} and cut["one"] > 3 and refused > 3
+
+
 def test_text_only_batches_have_no_visual_tokens_and_no_images(small, spoiled):
     for batch, _ in first(small(images=False), 3):
         assert (batch.visual_index == -1).all() and (batch.image_index == -1).all()

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from vlm_jax.config import Config
-from vlm_jax.data import chat, images, templates
+from vlm_jax.data import chat, images, pieces, templates
 from vlm_jax.data import tokenizer as tokenizers
 from vlm_jax.data.example import Example, Image, ImageRef, Turn
 from vlm_jax.data.images import Views
@@ -33,6 +33,7 @@ class Document:
       rejects: why the sample is not learned from, e.g. ("truncated",); its loss weights and texts
         are 0 then.
         A sample too long for any row has no tokens at all.
+      truncated: whether its end was cut off.
     """
 
     key: str
@@ -46,6 +47,7 @@ class Document:
     texts: Int[np.ndarray, "n S"]
     rejects: tuple[str, ...] = ()
     extra_pixels: tuple[Views, ...] = ()
+    truncated: bool = False
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -63,7 +65,8 @@ def document(
     """The sample as the model reads it; a pure function of its arguments.
 
     A picture that cannot be used never raises: the document keeps its shape, so that nothing after
-    it moves, and is not learned from. One too long for a row becomes empty; nothing is cut.
+    it moves, and is not learned from. One too long for a row becomes empty, or is cut where
+    `data.overlong` says so and something to learn is left.
 
     Args:
       example: the sample.
@@ -77,6 +80,7 @@ def document(
         rendered = render(example.turns, pictures, tokenizer)
     except DataError:  # a system turn, say, under a template that has no place for one
         return rejected(example.key, example.source, "no_place_for_turn", config)
+    rendered, truncated = _cut(rendered, config)
     texts = _second_texts(example, rendered, pictures, tokenizer)
     too_long = _too_long(rendered, texts, config)
     if too_long:
@@ -90,7 +94,17 @@ def document(
             rejects.append(bad.reason)
     if _too_many_patches([view for first, *_ in seen for view in first], config):
         return _build(example, _EMPTY, config, [], (), ("too_many_patches",))
-    return _build(example, rendered, config, texts, seen, tuple(rejects))
+    made = _build(example, rendered, config, texts, seen, tuple(rejects))
+    return dataclasses.replace(made, truncated=truncated)
+
+
+def _cut(rendered: Rendered, config: Config) -> tuple[Rendered, bool]:
+    """As much of a sample as a row holds, where that is the policy; and whether it is a part."""
+    longest = config.data.tokens
+    if config.data.overlong == "reject" or len(rendered.tokens) <= longest:
+        return rendered, False
+    part = pieces.cut(rendered, longest)
+    return (part, True) if part.loss_weights.any() else (rendered, False)
 
 
 def rejected(key: str, source: str, reason: str, config: Config) -> Document:

@@ -76,12 +76,14 @@ class Info:
       documents: `documents[row][segment - 1]` is (key, source).
       rejects: how many samples drawn for this batch could not be used, by (source, reason).
       rejected: those samples.
+      truncated: how many documents of this batch lack their ends, by source.
       epochs: how many times the stream went through each source so far.
     """
 
     documents: tuple[tuple[tuple[str, str], ...], ...]
     rejects: Mapping[tuple[str, str], int]
     rejected: tuple[Rejected, ...] = ()
+    truncated: Mapping[str, int] = dataclasses.field(default_factory=dict)
     epochs: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 

@@ -8,7 +8,7 @@ lengths could disagree with the first.
 import bisect
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -43,6 +43,21 @@ class Rendered:
     image_spans: tuple[ImageSpan, ...]
     visual_index: Int[np.ndarray, " T"]
     image_index: Int[np.ndarray, " T"]
+
+    ALONG: ClassVar = ("tokens", "loss_weights", "visual_index", "image_index")
+
+
+def cut(rendered: Rendered, length: int) -> Rendered:
+    """The first tokens, none of a picture that would not stand there whole."""
+    spans = rendered.image_spans
+    behind = rendered.image_index[length:][rendered.visual_index[length:] >= 0]
+    if len(behind):
+        first = int(behind.min())
+        while first and spans[first - 1].index == spans[first].index:  # tiles of one picture
+            first -= 1
+        length = min(length, spans[first].start)
+    kept = {name: getattr(rendered, name)[:length] for name in Rendered.ALONG}
+    return Rendered(image_spans=tuple(s for s in spans if s.start < length), **kept)
 
 
 @dataclasses.dataclass(frozen=True)

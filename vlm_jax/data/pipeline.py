@@ -159,6 +159,7 @@ class TrainStream:
             packing.names(rows),
             dict(collections.Counter((source, why) for _, source, why in rejected)),
             tuple(rejected),
+            dict(collections.Counter(d.source for row in rows for d in row if d.truncated)),
             self._mixture.epochs(newest),
         )
 
@@ -245,6 +246,7 @@ def _fingerprint(
         "images": data.images,
         "rows": data.rows,
         "tokens": data.tokens,
+        "overlong": data.overlong,
         "images_per_row": data.images_per_row,
         **({"patches_per_row": data.patches_per_row} if data.patches_per_row else {}),
         "visual_tokens": config.model.image_positions,

@@ -53,6 +53,8 @@ def row(step: int, sums: Mapping[str, Any], info: Info) -> Row:
     if info.rejects:
         rejects = sorted(info.rejects.items())
         line["rejects"] = {f"{source}/{reason}": count for (source, reason), count in rejects}
+    if info.truncated:
+        line["truncated"] = dict(sorted(info.truncated.items()))
     if info.epochs:
         line["epochs"] = {source: round(epochs, 4) for source, epochs in info.epochs.items()}
     return line
