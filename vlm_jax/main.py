@@ -18,7 +18,10 @@ from vlm_jax import doors
 from vlm_jax.config import Config
 from vlm_jax.errors import ConfigError
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "File of configs/.", lock_config=True)
+# Of doors that one process imports, as tests do, the last one's flag holds.
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "File of configs/.", lock_config=True, allow_override=True
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 _BRANCH_FROM = flags.DEFINE_string("branch_from", None, "Folder of the run to branch off.")
 _BRANCH_AT = flags.DEFINE_integer("branch_at", None, "Step to branch off at; it has a checkpoint.")

@@ -62,7 +62,10 @@ _NEAR = flags.DEFINE_integer(
 )
 _ENGINE = flags.DEFINE_string("engine", "local", "run: what does the work, local or beam.")
 _BEAM_OPTIONS = flags.DEFINE_string("beam_options", "", "run: for Beam, as on a command line.")
-_CONFIG = config_flags.DEFINE_config_file("config", None, "show: file of configs/.")
+# Of doors that one process imports, as tests do, the last one's flag holds.
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "show: file of configs/.", allow_override=True
+)
 _BATCHES = flags.DEFINE_integer("batches", 4, "show: how many.", lower_bound=1)
 _ROWS = flags.DEFINE_integer("rows", 16, "show: rows drawn of each batch.", lower_bound=0)
 _DECODE = flags.DEFINE_bool("decode", False, "Also decode every image, not its header alone.")

@@ -110,7 +110,7 @@ def test_frozen_leaves_are_bitwise_unchanged_and_have_no_optimizer_state():
 
 def test_frozen_leaves_keep_their_dtype():
     _, plan, _, create = tiny.prepared(FROZEN)
-    step = functools.partial(steps._step, FROZEN, optimizer.make(FROZEN.train, plan))
+    step = functools.partial(steps._step, FROZEN, plan, optimizer.make(FROZEN.train, plan))
     state = create()
     small = {path: leaf.astype(jnp.bfloat16) for path, leaf in state.frozen.items()}
     state, _ = jax.eval_shape(step, dataclasses.replace(state, frozen=small), tiny.batch(0))

@@ -157,6 +157,8 @@ def _literal(
     template: Template, tokenizer: Tokenizer, text: str, learned: bool = False
 ) -> Iterator[Piece]:
     """The template's own text, in which its special tokens are tokens."""
+    if not text:
+        return
     if not template.specials:
         yield Piece(text, learned)
         return
