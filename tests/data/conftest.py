@@ -94,7 +94,7 @@ def small():
     """Builds a small config from fields of `config.Data` and, as `encoder`, of an Encoder."""
 
     def build(seed: int = 7, encoder: dict | None = None, **data) -> c.Config:
-        tower = Encoder(16, 1, 32, 2, patch=4, image_size=8, **(encoder or {}))
+        tower = Encoder(16, 1, 32, 2, patch=4, **{"image_size": 8, **(encoder or {})})
         model = c.Model(tower, Connector(), decoder("1m", vocab=3072))
         fields = {
             "mixture": {"made:one": 2.0, "made:two": 1.0},

@@ -12,6 +12,7 @@ from PIL import Image
 from vlm_jax import config as c
 from vlm_jax.data import lanes, pipeline
 from vlm_jax.errors import ConfigError, DataError, PeerError
+from vlm_jax.presets.resizing import Resize
 
 LANES = 8
 
@@ -86,8 +87,17 @@ def read(config, hosts: int, steps: int, state=None):
             stream.close()
 
 
-def test_any_number_of_hosts_reads_the_same_stream_and_takes_over_from_any_other(mixed):
-    config = mixed()
+# Pictures keep their aspect ratio, up to nine patches, and share the patches of a row.
+NATIVE = {
+    "encoder": {"image_size": 12, "max_patches": 9, "resize": Resize("patches")},
+    "patches_per_row": 24,
+    "augment": c.Augment(crop=(0.4, 1.0), flip=0.5),
+}
+
+
+@pytest.mark.parametrize("pictures", [{}, NATIVE], ids=["squashed", "native"])
+def test_any_number_of_hosts_reads_the_same_stream_and_takes_over_from_any_other(mixed, pictures):
+    config = mixed(**pictures)
     whole, rejected, end = read(config, 1, 12)
     assert len(set(whole)) == 12 and sum(map(len, rejected)) >= 3
     for hosts in (2, 4, 8):
@@ -103,9 +113,9 @@ def test_any_number_of_hosts_reads_the_same_stream_and_takes_over_from_any_other
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("hosts", [1, 2, 4])
 def test_processes_read_the_same_stream_and_go_on_in_it(mixed, hosts, workers):
-    whole, rejected, end = read(mixed(), 1, 9)
+    whole, rejected, end = read(mixed(**NATIVE), 1, 9)
     at = int(np.random.default_rng(hosts + workers).integers(1, 9))
-    config = mixed(workers=workers, threads=1)
+    config = mixed(workers=workers, threads=1, **NATIVE)
     first, noted, state = read(config, hosts, at)
     rest, more, last = read(config, hosts, 9 - at, state)
     assert (first + rest, noted + more, last) == (whole, rejected, end)
