@@ -26,7 +26,7 @@ def local(function: Callable, tasks: Sequence, *, workers: int = 0, beam_options
         return
     # Spawned: a fork of a process with threads may hang.
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, context, _end_with_parent) as pool:
+    with concurrent.futures.ProcessPoolExecutor(workers, context, end_with_parent) as pool:
         try:
             for done in [pool.submit(function, task) for task in tasks]:
                 done.result()
@@ -94,8 +94,8 @@ def _meant(text: str) -> VlmError:
     return StorageError(f"the Beam pipeline failed: {last[0]}")
 
 
-def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever."""
+def end_with_parent() -> None:
+    """For a worker process: it would wait for work for ever once its parent was killed."""
 
     def wait() -> None:
         multiprocessing.parent_process().join()

@@ -2,15 +2,13 @@
 
 import concurrent.futures
 import multiprocessing
-import os
-import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from vlm_jax.config import Config
-from vlm_jax.data import documents, sources
+from vlm_jax.data import documents, engines, sources
 from vlm_jax.data import tokenizer as tokenizers
 from vlm_jax.data.documents import Document
 from vlm_jax.data.example import BadExample
@@ -113,16 +111,6 @@ def open_all(config: Config, split: str, names: list[str]) -> dict[str, Source]:
     }
 
 
-def end_with_parent() -> None:
-    """For a worker process: it would wait for work for ever once its parent was killed."""
-
-    def wait() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
 # In a worker process ----------------------------------------------------------------------------
 
 _state: dict[str, Any] = {}
@@ -131,7 +119,7 @@ _state: dict[str, Any] = {}
 def _start(config: Config, split: str) -> None:
     from vlm_jax.data import mixing
 
-    end_with_parent()
+    engines.end_with_parent()
     _state["render"] = Renderer(config, split, open_all(config, split, mixing.names(config.data)))
 
 
