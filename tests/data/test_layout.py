@@ -383,5 +383,7 @@ def _assert_same_pixels(name: str, document, found) -> None:
             height, width = masks[n][:, 0].sum(), masks[n][0].sum()
             assert mine.shape[:2] == (height // PATCH * PATCH, width // PATCH * PATCH)
         height, width = mine.shape[:2]
+        if mine.dtype == np.uint8:
+            mine = (mine / 255 - MEAN) / STD
         levels = np.abs(mine - np.moveaxis(view, 0, -1)[:height, :width]) * STD * 255
         assert levels.max() <= 1.01

@@ -11,7 +11,7 @@ import torch
 import transformers
 from adapter_cases import ALPHA, DECAY, INPUTS, LR, RANK, STEPS, TRAIN
 
-from vlm_jax.training import optimizer
+from vlm_jax.training import schedules
 from vlm_jax.weights import files
 from vlm_jax.weights import peft as format
 
@@ -117,7 +117,7 @@ def run(model: torch.nn.Module, tower: str, inputs: np.ndarray) -> torch.Tensor:
 def _train(model: torch.nn.Module, tower: str, inputs: np.ndarray, target: np.ndarray):
     """AdamW at our schedule; losses, and the gradients of the first step."""
     own = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    rates: optax.Schedule = optimizer.schedule(TRAIN)
+    rates: optax.Schedule = schedules.make(TRAIN)
     adamw = torch.optim.AdamW(
         own.values(), LR, betas=(TRAIN.b1, TRAIN.b2), eps=TRAIN.eps, weight_decay=DECAY
     )
