@@ -75,7 +75,7 @@ EXTRAS = {
         "torch==2.13.0",
         "pycocoevalcap>=1.2",
         "tensorflow-datasets>=4.9.7",
-        "transformers>=5",
+        "transformers>=5,<5.24",  # from there on Idefics takes visual tokens of another shape
     ],
 }
 
