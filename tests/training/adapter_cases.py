@@ -21,7 +21,7 @@ from vlm_jax.training import adaptation, optimizer
 from vlm_jax.weights import checking, conversion, files, peft, store
 from vlm_jax.weights.registry import family
 
-STEPS, RANK, ALPHA, LR, DECAY = 20, 3, 7, 3e-3, 0.1
+STEPS, RANK, ALPHA, LR, DECAY = 20, 3, 7, 1e-3, 0.1
 CASES = [f"{tower}_{mode}" for tower in ("llama", "siglip") for mode in ("lora", "dora")]
 INPUTS = {"llama": "input_ids", "siglip": "pixel_values"}
 LINEARS = r".*stack/blocks/.*kernel|decoder/output/kernel"
