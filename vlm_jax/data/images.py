@@ -123,15 +123,11 @@ def put_patches(view: View, encoder: Encoder, out: Float[np.ndarray, "P patch_di
     """Writes a view's patches, normalised, as `patchify` orders them: without any copy between."""
     rows, columns = grid_of(view, encoder.patch)
     split = view.reshape(rows, encoder.patch, columns, -1).transpose(0, 2, 1, 3)
-    if view.dtype != np.uint8:
-        out.reshape(split.shape)[...] = split
-        return
-    scale, shift = _affine(encoder, encoder.patch**2)
-    # Line by line, so that what is written is still at hand when it is scaled.
-    for source, line in zip(split, out.reshape(rows, columns, -1), strict=True):
-        line.reshape(source.shape)[...] = source
-        line *= scale
-        line -= shift
+    out.reshape(split.shape)[...] = split
+    if view.dtype == np.uint8:
+        scale, shift = _affine(encoder, encoder.patch**2)
+        out *= scale
+        out -= shift
 
 
 @functools.cache
