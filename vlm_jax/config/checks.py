@@ -73,6 +73,9 @@ def check(config: Config) -> None:
     ):
         value = getattr(config.guard, name)
         _require(least <= value < math.inf, f"guard.{name}", value, f"at least {least}")
+    for name in ("z_loss", "neftune"):
+        value = getattr(config.train, name)
+        _require(0 <= value < math.inf, f"train.{name}", value, "at least 0")
     temperature = config.train.temperature
     _require(temperature > 0, "train.temperature", temperature, "more than 0")
     for i, rule in enumerate(config.adaptation):
@@ -93,7 +96,7 @@ def _check_pair(config: Config) -> None:
     _require(data.images_per_row == 1, "data.images_per_row", data.images_per_row, "1 of a pair")
     length = config.model.text.length
     _require(data.tokens == length, "data.tokens", data.tokens, f"the text tower's {length}")
-    for name in ("bag_of_words", "contrastive", "label_smoothing"):
+    for name in ("bag_of_words", "contrastive", "label_smoothing", "z_loss", "neftune"):
         _require(not getattr(train, name), f"train.{name}", getattr(train, name), "0 of pairs")
     steps = config.eval.text_only_steps
     _require(not steps, "eval.text_only_steps", steps, "0 of pairs")

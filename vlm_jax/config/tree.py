@@ -252,6 +252,9 @@ class Train:
         memory of one; the gradient is that of the whole batch.
       clip: largest global norm of the gradient; 0 = no clipping.
       label_smoothing: share of the target spread over the vocabulary.
+      z_loss: weight of the squared log of the softmax's normaliser (PaLM: 1e-4).
+      neftune: alpha of the uniform noise on embeddings of tokens while the model trains, at most
+        alpha / sqrt(document's length * width) (NEFTune); 0 = none.
       bag_of_words: weight of the auxiliary loss by which an image's mean visual token names the
         words of that image's text.
       contrastive: weight of the auxiliary loss that draws together the mean visual tokens of
@@ -279,6 +282,8 @@ class Train:
     accumulate: int = 1
     clip: float = 1.0
     label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    neftune: float = 0.0
     bag_of_words: float = 0.0
     contrastive: float = 0.0
     temperature: float = 0.1

@@ -6,6 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.batch import Batch, Images
+from vlm_jax.models import noise as noises
 from vlm_jax.models.connectors import CONNECTORS
 from vlm_jax.models.convnet import ConvNetEncoder
 from vlm_jax.models.decoder import Cache, LanguageModel
@@ -113,9 +114,16 @@ class VLM(nnx.Module):
         batch: Batch,
         visual: Float[Array, "B N Q D"] | Visual | None,
         dropout: Array | None = None,
+        neftune: float = 0.0,
     ) -> Float[Array, "B T D"]:
-        """Hidden states of the decoder; `visual` is None where no token stands for an image."""
-        x = self.fuse(batch, visual)
+        """Hidden states of the decoder; `visual` is None where no token stands for an image.
+
+        With dropout's key, embeddings of tokens get NEFTune's noise of that alpha.
+        """
+        noise = None
+        if dropout is not None and neftune:
+            noise = noises.drawn(batch.segments, self.decoder.decoder.embedded, neftune, dropout)
+        x = self.fuse(batch, visual, noise)
         hook = self.hook(batch.image_index, visual, visual_index=batch.visual_index)
         masks = {"mask": attention_mask(batch), "together": block_mask(batch)}
         x, _ = self.decoder(x, batch.positions, **masks, key=dropout, hook=hook)
@@ -151,10 +159,13 @@ class VLM(nnx.Module):
         return cache._replace(seen=self.decoder.cross.project(visual))
 
     def fuse(
-        self, batch: Batch, visual: Float[Array, "B N Q D"] | Visual | None
+        self,
+        batch: Batch,
+        visual: Float[Array, "B N Q D"] | Visual | None,
+        noise: Float[Array, "B T E"] | None = None,
     ) -> Float[Array, "B T D"]:
         """The sequence the decoder reads: embeddings, and visual tokens where they stand."""
-        x = self.decoder.embed(batch.tokens)
+        x = self.decoder.embed(batch.tokens, noise)
         if visual is None or not self.visual_in_sequence:
             return x
         visual = tokens_of(visual)

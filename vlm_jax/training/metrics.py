@@ -26,7 +26,8 @@ def row(step: int, sums: Mapping[str, Any], info: Info) -> Row:
     """A step's line, from the sums of `objectives.losses` on the host.
 
     `loss` is nats per supervised token; `objective` is what was minimised (with label smoothing and
-    the auxiliary losses). A skipped step says why, and lacks what is no number.
+    the auxiliary losses); `z`, with z-loss, the mean squared log of the normaliser. A skipped step
+    says why, and lacks what is no number.
     """
     weight = max(float(sums["weight"]), 1.0)
     line = {
@@ -43,6 +44,8 @@ def row(step: int, sums: Mapping[str, Any], info: Info) -> Row:
     }
     if "patches" in sums:
         line["patch_padding"] = 1.0 - int(sums["patches"]) / int(sums["patch_room"])
+    if "z" in sums:
+        line["z"] = float(sums["z"]) / weight
     for name in ("words", "contrastive"):
         if f"{name}_nll" in sums:
             images = max(int(sums[f"{name}_images"]), 1)

@@ -38,8 +38,8 @@ def losses(
     does not depend on how rows are spread over devices; of a model of pairs it is `belonging`.
     Metrics: `nll` (without smoothing), `weight` and `correct` over supervised tokens; `tokens`
     (real ones), `positions` (with padding) and `images`; `patches` (real ones) and `patch_room`
-    where images share a row's; with the auxiliary losses `words_nll` over `words_images` and
-    `contrastive_nll` over `contrastive_images`.
+    where images share a row's; `z` with z-loss; with the auxiliary losses `words_nll` over
+    `words_images` and `contrastive_nll` over `contrastive_images`.
 
     Args:
       vlm: the model over its parameters.
@@ -60,8 +60,10 @@ def losses(
         # The images' own texts are answers: only what is asked may be read.
         texts = batch.image_texts if config.model.instructed else None
         visual = vlm.visual(seen, keys[0], texts)
-    logits = vlm.unembed(vlm.hidden(batch, visual, keys[1]))
-    loss, sums = next_token(logits, batch, config.train.label_smoothing, whole.get("weight"))
+    train = config.train
+    logits = vlm.unembed(vlm.hidden(batch, visual, keys[1], train.neftune))
+    parts = train.label_smoothing, whole.get("weight"), train.z_loss
+    loss, sums = next_token(logits, batch, *parts)
     sums |= {
         "tokens": jnp.sum(batch.segments > 0),
         "positions": jnp.asarray(batch.segments.size),
@@ -116,10 +118,12 @@ def next_token(
     batch: Batch,
     smoothing: float = 0.0,
     whole: Float[Array, ""] | None = None,
+    z_loss: float = 0.0,
 ) -> tuple[Float[Array, ""], Sums]:
     """Cross-entropy of the token after each position, within its document, in float32.
 
-    It is divided by the weight of the batch, or by `whole`.
+    It is divided by the weight of the batch, or by `whole`. So is `z_loss` times the squared log of
+    the softmax's normaliser, which keeps that near zero (Chowdhery et al. 2022, PaLM, section 5).
     """
     target = jnp.roll(batch.tokens, -1, axis=1)
     weight = target_weights(batch)
@@ -137,8 +141,12 @@ def next_token(
         "weight": total,
         "correct": jnp.sum(weight * (target_logit >= top)),
     }
+    objective = jnp.sum(weight * smoothed)
+    if z_loss:
+        sums["z"] = jnp.sum(weight * jnp.square(normaliser))
+        objective = objective + z_loss * sums["z"]
     divisor = total if whole is None else whole
-    return jnp.sum(weight * smoothed) / jnp.maximum(divisor, 1.0), sums
+    return objective / jnp.maximum(divisor, 1.0), sums
 
 
 def bag_of_words(
