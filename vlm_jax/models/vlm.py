@@ -12,6 +12,7 @@ from vlm_jax.models.convnet import ConvNetEncoder
 from vlm_jax.models.decoder import Cache, LanguageModel
 from vlm_jax.models.hooks import Hook
 from vlm_jax.models.layers import Features
+from vlm_jax.models.matching import Matching
 from vlm_jax.models.sam import SamEncoder
 from vlm_jax.models.sva import Samplers, Visual
 from vlm_jax.models.text import Text
@@ -29,7 +30,8 @@ ENCODERS = {
 class VLM(nnx.Module):
     """Encoders, a connector and a decoder that reads or looks at visual tokens; any may be absent.
 
-    Or an encoder and a text tower, whose embeddings are compared.
+    Or an encoder and a text tower, whose embeddings are compared; or an encoder and a Q-Former,
+    whose queries are compared with texts that it reads.
 
     Args:
       model: a `config.Model`.
@@ -47,8 +49,7 @@ class VLM(nnx.Module):
         between = model.samplers
         make = lambda: Samplers(between, model.connector, decoder, rngs)  # noqa: E731
         self.samplers = None if between is None else make()
-        text = model.text
-        self.text = None if text is None else Text(text, model.encoder.features[1], rngs)
+        self.text = None if model.text is None else _text(model, rngs)
 
     def features(
         self, images: tuple[Images, ...], dropout: Array | None = None
@@ -103,11 +104,17 @@ class VLM(nnx.Module):
         tokens: Int[Array, "m T"],
         there: Bool[Array, "m T"],
         dropout: Array | None = None,
-    ) -> tuple[Float[Array, "n E"], Float[Array, "m E"]]:
-        """Images and texts as vectors of length 1; `there` is False for padding."""
+    ) -> tuple[Float[Array, "n E"] | Float[Array, "n Q E"], Float[Array, "m E"]]:
+        """Images and texts as vectors of length 1; `there` is False for padding.
+
+        A Q-Former gives as many of an image as it has queries.
+        """
         keys = (None, None) if dropout is None else jax.random.split(dropout)
-        seen = self.text.images(self.encoder(images, keys[0]))
-        return seen, self.text(tokens, there, keys[1])
+        seen = self.encoder(images, keys[0])
+        if isinstance(self.text, Matching):
+            texts = self.text.texts(self.connector, tokens, there, seen.x.shape[-1], keys[1])
+            return self.text.images(self.connector, seen, keys[1]), texts
+        return self.text.images(seen), self.text(tokens, there, keys[1])
 
     def hidden(
         self,
@@ -188,6 +195,12 @@ class VLM(nnx.Module):
 def _connector(model, rngs: nnx.Rngs) -> nnx.Module:
     make = CONNECTORS[model.connector.kind]
     return make(model.connector, model.encoders, model.visual_width, rngs)
+
+
+def _text(model, rngs: nnx.Rngs) -> nnx.Module:
+    if model.matched:
+        return Matching(model.text, model.connector, rngs)
+    return Text(model.text, model.encoder.features[1], rngs)
 
 
 def tokens_of(visual: Float[Array, "B N Q D"] | Visual) -> Float[Array, "B N Q D"]:

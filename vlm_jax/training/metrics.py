@@ -19,6 +19,9 @@ FILE = "metrics.jsonl"
 QUARANTINE = "quarantine.jsonl"
 SKIPPED = "skipped.jsonl"
 
+# Losses that are means of their own, and what they are means over.
+COUNTED = {"words": "images", "contrastive": "images", "matching": "pairs", "told": "tokens"}
+
 Row = dict[str, Any]
 
 
@@ -46,10 +49,13 @@ def row(step: int, sums: Mapping[str, Any], info: Info) -> Row:
         line["patch_padding"] = 1.0 - int(sums["patches"]) / int(sums["patch_room"])
     if "z" in sums:
         line["z"] = float(sums["z"]) / weight
-    for name in ("words", "contrastive"):
+    for name, counted in COUNTED.items():
         if f"{name}_nll" in sums:
-            images = max(int(sums[f"{name}_images"]), 1)
-            line[f"{name}_loss"] = float(sums[f"{name}_nll"]) / images
+            count = max(float(sums[f"{name}_{counted}"]), 1.0)
+            line[f"{name}_loss"] = float(sums[f"{name}_nll"]) / count
+    if "matching_correct" in sums:
+        pairs = max(float(sums["matching_pairs"]), 1.0)
+        line["matching_accuracy"] = float(sums["matching_correct"]) / pairs
     if verdict := int(sums.get("verdict", guard.GOOD)):
         line = {k: v for k, v in line.items() if math.isfinite(v)}
         line["skipped"] = guard.REASONS[verdict]
