@@ -17,6 +17,7 @@ from vlm_jax.config import Config
 from vlm_jax.data import pipeline
 from vlm_jax.data.pipeline import TrainStream
 from vlm_jax.errors import Interrupted
+from vlm_jax.parallel import devices
 from vlm_jax.parallel import mesh as meshes
 from vlm_jax.training import (
     adaptation,
@@ -261,6 +262,8 @@ class _Log:
         train = self._config.train
         shown = pending.step == train.steps or _due(pending.step, train.log_every)
         speeds = self._meter.read(pending.step) if shown else {}
+        if speeds:
+            speeds["peak_bytes"] = devices.peak()
         self._metrics.write(line | ({"time": speeds} if speeds else {}), show=shown)
         self._metrics.quarantine(pending.step, pending.info)
         self._epochs = pending.info.epochs
