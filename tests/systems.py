@@ -15,7 +15,13 @@ from vlm_jax import schema
 from vlm_jax.models import params
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
-OURS = ("emoji", "siglip", "tiny", "vit_g")  # configs of no published system, without words
+OURS = (
+    "captioner",
+    "emoji",
+    "siglip",
+    "tiny",
+    "vit_g",
+)  # configs of no published system, without words
 FIRST = ("blip2:stage1",)  # of models without a decoder, which are no words of variants
 
 
