@@ -46,30 +46,32 @@ def files() -> list[str]:
 
 def section(file: str) -> str:
     """What a config says of itself, and a table of its variants, like ones in one row."""
-    rows: dict[tuple[str, ...], tuple[list[str], str]] = {}
+    alike = collections.defaultdict(list)
     for name in systems.systems():
         if name.partition(":")[0] == file:
             config = systems.config(name)
-            plan = adaptation.of(config)
-            row = rows.setdefault(_figures(config, plan), ([], _trained(config, plan)))
-            row[0].append(name.partition(":")[2])
+            alike[_data(config), _train(config), config.adaptation].append(name)
     table = [COLUMNS, ("---",) * len(COLUMNS)]
-    for figures, (variants, trained) in rows.items():
-        table.append((" ".join(f"`{v}`" for v in variants if v), trained, *figures))
+    for (data, train, _), names in alike.items():
+        config = systems.config(names[0])
+        plan = adaptation.of(config)
+        words = " ".join(f"`{name.partition(':')[2]}`" for name in names if name[-1] != ":")
+        rates = _rates(config.train.lr, plan)
+        table.append((words, _trained(config, plan), *data, rates, *train))
     lines = "\n".join(f"| {' | '.join(row)} |" for row in table)
     about = inspect.cleandoc(importlib.import_module(f"configs.{file}").__doc__)
     return f"## configs/{file}.py\n\n{about}\n\n{lines}\n"
 
 
-def _figures(config: c.Config, plan: adaptation.Plan) -> tuple[str, ...]:
-    data, train = config.data, config.train
+def _data(config: c.Config) -> tuple[str, ...]:
+    data = config.data
+    batch = f"{data.rows:,}", f"{data.tokens:,}", f"{data.images_per_row}"
+    return (*batch, _pixels(config), data.template)
+
+
+def _train(config: c.Config) -> tuple[str, ...]:
+    train = config.train
     return (
-        f"{data.rows:,}",
-        f"{data.tokens:,}",
-        f"{data.images_per_row}",
-        _pixels(config),
-        data.template,
-        _rates(train.lr, plan),
         train.schedule + (f" to {train.end_lr:.3g}" if train.end_lr else ""),
         f"{train.warmup_steps:,}",
         f"{train.steps:,}",
