@@ -5,7 +5,7 @@ Variants: `b`, `l`, `h` or `g`, and `7b` or `13b`, as in `g-13b`. OpenCLIP's tow
 those sizes; the paper names neither them nor its learning rate, which is LLaVA-1.5's here.
 """
 
-from configs import common, llava15
+from configs import common, llava15, local
 from vlm_jax.presets.encoder_sizes import published
 
 ENCODERS = {"b": "openclip-b16", "l": "openclip-l14", "h": "openclip-h14", "g": "openclip-g14"}
@@ -13,6 +13,7 @@ WORDS = (tuple(ENCODERS), ("7b", "13b"))
 SAMPLES = 1_000_000  # to ten times as many, in steps of as many
 
 
+@local.variant
 def get_config(variant: str = ""):
     """A cell of the grid.
 

@@ -4,7 +4,7 @@ Variants: `opt-2.7b` or `opt-6.7b`. This is the second, generative stage; the fi
 contrastive and matching losses need a text tower, which is not here.
 """
 
-from configs import common
+from configs import common, local
 from vlm_jax import config as c
 from vlm_jax.presets import qformer
 from vlm_jax.presets.decoders import decoder
@@ -15,6 +15,7 @@ WORDS = (("opt-2.7b", "opt-6.7b"),)
 BELOW_NORM = r"encoder/(?!norm/).*"
 
 
+@local.variant
 def get_config(variant: str = ""):
     """The second stage.
 

@@ -5,7 +5,7 @@ Variants: `8b` (Llama 3 8B Instruct) or `13b` (Vicuna-1.5); with `align` the fir
 Images of 384 px are 378 here: their last six pixels have no patch.
 """
 
-from configs import common, llava15
+from configs import common, llava15, local
 from vlm_jax import config as c
 from vlm_jax.presets.convnets import convnext
 from vlm_jax.presets.decoders import decoder
@@ -18,6 +18,7 @@ PAD_384 = Resize("pad", side=384)
 WORDS = (tuple(DECODERS), ("", "align"))
 
 
+@local.variant
 def get_config(variant: str = ""):
     """The second stage, or the first.
 

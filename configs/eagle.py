@@ -5,7 +5,7 @@ Variants: `7b` or `13b`; with `align` the first stage. Where it differs from the
 SAM's features are resized, not gathered in squares; EVA-02 has no windows. Batches are LLaVA-1.5's.
 """
 
-from configs import common, llava15
+from configs import common, llava15, local
 from vlm_jax.presets.connectors import Connector
 from vlm_jax.presets.convnets import convnext
 from vlm_jax.presets.encoder_sizes import published
@@ -15,6 +15,7 @@ PAD = llava15.PAD
 WORDS = (("7b", "13b"), ("", "align"))
 
 
+@local.variant
 def get_config(variant: str = ""):
     """The second stage, in which encoders train too, or the first.
 

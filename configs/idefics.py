@@ -4,7 +4,7 @@ cross-attention before every fourth layer of LLaMA-7B.
 Its number of steps is ours.
 """
 
-from configs import common
+from configs import common, local
 from vlm_jax import config as c
 from vlm_jax.presets.connectors import resampler
 from vlm_jax.presets.decoders import decoder
@@ -15,6 +15,7 @@ from vlm_jax.presets.resizing import SQUASH
 WORDS = (("9b",),)
 
 
+@local.variant
 def get_config(variant: str = ""):
     """Pre-training.
 

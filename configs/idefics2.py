@@ -7,7 +7,7 @@ full training diverged; the rows of the three added tokens are part of the froze
 recipe trains them. Its number of steps is ours.
 """
 
-from configs import common
+from configs import common, local
 from vlm_jax import config as c
 from vlm_jax.presets.connectors import resampler
 from vlm_jax.presets.decoders import decoder
@@ -21,6 +21,7 @@ RESIZE = {
 WORDS = (("64", "320"),)
 
 
+@local.variant
 def get_config(variant: str = ""):
     """Pre-training at full resolution.
 

@@ -6,7 +6,7 @@ Rate, batch and warm-up are the m4 trainer's for SmolVLM, which then falls linea
 cosine.
 """
 
-from configs import common
+from configs import common, local
 from vlm_jax import config as c
 from vlm_jax.presets.connectors import Connector
 from vlm_jax.presets.decoders import decoder
@@ -16,6 +16,7 @@ from vlm_jax.presets.resizing import Resize
 WORDS = (("8b",),)
 
 
+@local.variant
 def get_config(variant: str = ""):
     """Training on large pictures.
 

@@ -5,7 +5,7 @@ Variants: `7b` or `13b`. LAVIS has no training config: the figures are the paper
 reads what the user asks; for its published weights, `data.instruction_tokenizer` is BERT's.
 """
 
-from configs import blip2, common
+from configs import blip2, common, local
 from vlm_jax import config as c
 from vlm_jax.presets import qformer
 from vlm_jax.presets.decoders import decoder
@@ -15,6 +15,7 @@ WORDS = (("7b", "13b"),)
 ROWS = {"7b": 128, "13b": 64}
 
 
+@local.variant
 def get_config(variant: str = ""):
     """Instruction tuning.
 

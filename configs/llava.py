@@ -3,7 +3,7 @@
 Variants: `7b` or `13b`; with `align` the first stage.
 """
 
-from configs import common, llava15
+from configs import common, llava15, local
 from vlm_jax.presets.connectors import Connector
 from vlm_jax.presets.decoders import decoder
 from vlm_jax.presets.encoder_sizes import published
@@ -11,6 +11,7 @@ from vlm_jax.presets.encoder_sizes import published
 WORDS = (("7b", "13b"), ("", "align"))
 
 
+@local.variant
 def get_config(variant: str = ""):
     """The second stage, or the first.
 

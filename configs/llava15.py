@@ -6,7 +6,7 @@ Variants: `7b` or `13b`; with `align` the first stage, which trains the projecto
 the second by LoRA (scripts/v1_5/finetune_lora.sh).
 """
 
-from configs import common
+from configs import common, local
 from vlm_jax import config as c
 from vlm_jax import schema
 from vlm_jax.presets.connectors import Connector
@@ -21,6 +21,7 @@ PAD, CROP = Resize("pad"), Resize("crop")
 ALIGN, TUNE = 558_128, 665_298
 
 
+@local.variant
 def get_config(variant: str = ""):
     """The second stage, or the first.
 

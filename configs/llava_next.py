@@ -4,7 +4,7 @@ Variants: `vicuna-7b`, `vicuna-13b` or `mistral-7b`; with `align` the first stag
 picture is its whole and up to four tiles of 336 px, their visual tokens put together line by line.
 """
 
-from configs import common, llava15
+from configs import common, llava15, local
 from vlm_jax import config as c
 from vlm_jax.presets.connectors import Connector
 from vlm_jax.presets.decoders import decoder
@@ -26,6 +26,7 @@ DECODERS = {
 WORDS = (tuple(DECODERS), ("", "align"))
 
 
+@local.variant
 def get_config(variant: str = ""):
     """The second stage, or the first.
 

@@ -3,12 +3,13 @@
 Variants: `7b` or `13b`, the first stage; with `tune` the second, on 3,500 long captions.
 """
 
-from configs import blip2, common
+from configs import blip2, common, local
 from vlm_jax.presets.decoders import decoder
 
 WORDS = (("7b", "13b"), ("", "tune"))
 
 
+@local.variant
 def get_config(variant: str = ""):
     """The first stage, or the second.
 

@@ -4,7 +4,7 @@ features to one token, Llama-2-chat 7B.
 The linear layer trains, and the decoder's queries and values by LoRA. Batch is ours.
 """
 
-from configs import common
+from configs import common, local
 from vlm_jax import config as c
 from vlm_jax.presets.connectors import Connector
 from vlm_jax.presets.decoders import decoder
@@ -13,6 +13,7 @@ from vlm_jax.presets.encoder_sizes import published
 WORDS = (("",),)
 
 
+@local.variant
 def get_config(variant: str = ""):
     """The last stage; it has no variants.
 

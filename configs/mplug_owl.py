@@ -5,7 +5,7 @@ the same with all of the decoder (train_it_wo_lora.sh); `align` is the first, wh
 and abstractor.
 """
 
-from configs import common
+from configs import common, local
 from vlm_jax import config as c
 from vlm_jax.presets.connectors import resampler
 from vlm_jax.presets.decoders import decoder
@@ -15,6 +15,7 @@ from vlm_jax.presets.resizing import SQUASH
 WORDS = (("", "full", "align"),)
 
 
+@local.variant
 def get_config(variant: str = ""):
     """The second stage, or the first.
 

@@ -5,7 +5,7 @@ Variants: `222m`, version 0.1 with pictures of 224 px; or `460m`, whose pictures
 2048 px and cut into up to 16 tiles beside the whole, packed, and not normalised.
 """
 
-from configs import common
+from configs import common, local
 from vlm_jax import config as c
 from vlm_jax import schema
 from vlm_jax.presets.connectors import Connector
@@ -17,6 +17,7 @@ from vlm_jax.presets.resizing import Resize
 WORDS = (("222m", "460m"),)
 
 
+@local.variant
 def get_config(variant: str = ""):
     """The one stage.
 

@@ -5,7 +5,7 @@ Variants: `9b` (MPT-7B, every fourth layer) or `4b` (RedPajama-3B, every second)
 out: its MPT-1B norms queries and keys over all heads at once, which no preset does. Batch is ours.
 """
 
-from configs import common
+from configs import common, local
 from vlm_jax import config as c
 from vlm_jax.presets.connectors import resampler
 from vlm_jax.presets.decoders import decoder
@@ -16,6 +16,7 @@ DECODERS = {"9b": "mpt-7b", "4b": "redpajama-3b"}
 WORDS = (tuple(DECODERS),)
 
 
+@local.variant
 def get_config(variant: str = ""):
     """The one stage.
 

@@ -5,7 +5,7 @@ Variants: `224`, `448` or `896` pixels. This is big_vision's fine-tuning (transf
 samples and epochs are its example's.
 """
 
-from configs import common
+from configs import common, local
 from vlm_jax import config as c
 from vlm_jax.presets.connectors import Connector
 from vlm_jax.presets.decoders import decoder
@@ -14,6 +14,7 @@ from vlm_jax.presets.encoders import vit
 WORDS = (("224", "448", "896"),)
 
 
+@local.variant
 def get_config(variant: str = ""):
     """Fine-tuning.
 

@@ -3,13 +3,14 @@
 Variants: `3b` or `10b`, and `224`, `448` or `896` pixels, as in `10b-448`.
 """
 
-from configs import common, paligemma
+from configs import common, local, paligemma
 from vlm_jax.presets.decoders import decoder
 
 DECODERS = {"3b": "gemma2-2b", "10b": "gemma2-9b"}
 WORDS = (tuple(DECODERS), *paligemma.WORDS)
 
 
+@local.variant
 def get_config(variant: str = ""):
     """Fine-tuning.
 

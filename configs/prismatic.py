@@ -5,7 +5,7 @@ Variants: `dinosiglip` (joined along channels), `siglip`, `clip` or `dinov2`, an
 Images of 384 px are 378 here: their last six pixels have no patch.
 """
 
-from configs import common, llava15
+from configs import common, llava15, local
 from vlm_jax.presets.connectors import Connector
 from vlm_jax.presets.decoders import decoder
 from vlm_jax.presets.encoder_sizes import published
@@ -30,6 +30,7 @@ WORDS = (tuple(ENCODERS), ("7b", "13b"))
 SAMPLES = 1_231_000  # LLaVA-1.5's, LVIS-Instruct-4V and LRV-Instruct
 
 
+@local.variant
 def get_config(variant: str = ""):
     """The one stage, two epochs.
 

@@ -3,7 +3,7 @@
 Variants: `256m`, `500m` or `2.2b`.
 """
 
-from configs import common, idefics3
+from configs import common, idefics3, local
 from vlm_jax.presets.connectors import Connector
 from vlm_jax.presets.decoders import decoder
 from vlm_jax.presets.encoders import vit
@@ -19,6 +19,7 @@ SIZES = {
 WORDS = (tuple(SIZES),)
 
 
+@local.variant
 def get_config(variant: str = ""):
     """Training on large pictures.
 

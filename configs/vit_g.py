@@ -6,6 +6,7 @@
 It reads the embedded pictures until `data.mixture` and `data.tokenizer` name your own.
 """
 
+from configs import local
 from vlm_jax import config as c
 from vlm_jax.presets.connectors import Connector
 from vlm_jax.presets.decoders import decoder
@@ -14,6 +15,7 @@ from vlm_jax.presets.encoders import vit
 MIXTURE = {"emoji:caption": 1.0, "emoji:choice": 1.0, "emoji:yes_no": 1.0}
 
 
+@local.variant
 def get_config(variant: str = ""):
     """The pod's config, or with `smoke` the same structure at tiny widths on the embedded data.
 
