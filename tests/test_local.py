@@ -1,13 +1,11 @@
 """The `local` variants of published systems: their recipes at sizes for a CPU."""
 
-import dataclasses
-
 import jax
 import numpy as np
 import pytest
 import systems
 
-from vlm_jax.data import pipeline, tokenizer
+from vlm_jax.data import pipeline
 from vlm_jax.parallel import mesh as meshes
 from vlm_jax.training import adaptation
 from vlm_jax.training import state as states
@@ -34,7 +32,8 @@ def losses(config, count: int) -> list[float]:
 @pytest.mark.parametrize("name", LOCAL)
 def test_trains(name):
     import time
-    t=time.time()
+
+    t = time.time()
     found = losses(systems.config(name), 6)
-    print(name, time.time()-t, found)
+    print(name, time.time() - t, found)
     assert np.isfinite(found).all() and found[-1] < found[0]
