@@ -2,8 +2,9 @@
 one linear layer, Llama 3.1 8B.
 
 A picture is enlarged to 1456 px, cut into up to 16 tiles, and seen as a whole. All of it trains.
-Rate, batch and warm-up are the m4 trainer's for SmolVLM, which then falls linearly, not as a
-cosine.
+No readable source has its figures: batch, rate, schedule and steps are those of SmolVLM's second
+stage, by the same trainer, and so ours; of the paper's stages this is one, and its data (OBELICS,
+LAION-COCO, Docmatix, The Cauldron; unverified) has no shares here.
 """
 
 from configs import common, local
@@ -35,7 +36,9 @@ def get_config(variant: str = ""):
         rows=2048,
         images_per_row=17,
     )
-    config.train.update(steps=6000, lr=1e-4, warmup_steps=2000, weight_decay=0.1)
+    # smollm's vision/experiments/pretraining/vloom/tr_350_smolvlm_2B_2nd_stage/config.yaml
+    config.train.update(steps=6000, lr=1e-4, warmup_steps=100, weight_decay=0.1)
+    config.train.schedule = "linear"
     return config
 
 

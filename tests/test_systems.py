@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import re
 
 import jax
 import pytest
@@ -119,6 +120,16 @@ def test_llava_lora_trains_two_matrices_beside_every_linear_layer_of_the_blocks(
     assert {path for path in plan.lr if "lora" not in path} == {
         f"connector/layers/{i}/{leaf}" for i in range(2) for leaf in ("kernel", "bias")
     }
+
+
+def test_cambrians_aggregator_learns_at_a_tenth_in_the_first_stage():
+    """vision_sampler and vision_query of the authors' names (cambrian_trainer.py)."""
+    plan = adaptation.of(systems.config("cambrian:8b-align"))
+    slow = {path for path, rate in plan.lr.items() if rate == 0.1}
+    assert slow == {
+        path for path in plan.lr if re.match(r"samplers|connector/(sampler|query)", path)
+    }
+    assert {path.split("/")[1] for path in plan.lr.keys() - slow} == {"aux", "layers", "newline"}
 
 
 def batch_of(config):

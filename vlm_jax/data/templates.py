@@ -302,6 +302,7 @@ TEMPLATES = {
         bos=False,
         user=("Question: ", " "),
         assistant="Answer:",
+        apart=True,
         images="front",
     ),
     # nanoVLM since its pictures are cut into tiles (models/config.py, data/processors.py). The line
