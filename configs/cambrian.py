@@ -18,6 +18,8 @@ from vlm_jax.presets.sva import CAMBRIAN, CAMBRIAN_SAMPLERS
 
 DECODERS = {"8b": "llama3-8b", "13b": "llama2-13b"}
 PAD_384 = Resize("pad", side=384)
+# --version llama_v3 and v1
+TEMPLATES = {"8b": "cambrian", "13b": "vicuna_v1"}
 WORDS = (tuple(DECODERS), ("", "align"))
 
 
@@ -31,6 +33,7 @@ def get_config(variant: str = ""):
     size, stage = common.words("cambrian", variant, *WORDS)
     config = llava15.get_config()
     config.name = f"cambrian-{size}"
+    config.data.template = TEMPLATES[size]
     common.put(
         config,
         encoder=published("siglip-so400m14-378", resize=PAD_384),

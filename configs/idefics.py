@@ -37,7 +37,7 @@ def get_config(variant: str = ""):
         tokens=1024,
         images_per_row=8,
     )
-    common.captions(config)
+    common.captions(config, "idefics")
     # no_decay of the m4 trainer: gates and the resampler too
     rules = c.Rule(r"connector/.*|.*_gate", weight_decay=0.0), *c.FULL
     common.freeze(config, common.ENCODERS, common.DECODER_ALONE, rules=rules)

@@ -34,6 +34,7 @@ def get_config(variant: str = ""):
         ),
         tokens=4096,
         rows=2048,
+        template="idefics3",
         images_per_row=17,
     )
     # smollm's vision/experiments/pretraining/vloom/tr_350_smolvlm_2B_2nd_stage/config.yaml

@@ -36,6 +36,7 @@ def get_config(variant: str = ""):
         tokens=416,
         text_tokens=128,
         rows=ROWS[size],
+        template="instructblip",
     )
     common.freeze(config, blip2.BELOW_NORM, common.DECODER)
     config.data.size_power = 0.5

@@ -23,6 +23,7 @@ def get_config(variant: str = ""):
     size, stage = common.words("llava", variant, *WORDS)
     config = llava15.get_config(size)
     config.name = f"llava-{size}"
+    config.data.template = "llava_v0"
     common.put(
         config,
         encoder=published("clip-l14", layer=-2),

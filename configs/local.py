@@ -38,7 +38,7 @@ DECODER, DECODER_MLP, HEAD_DIM = 60, 135, 16
 DEPTH, FUSED_DEPTH = 2, 4  # of decoders; blocks between layers stand up to four apart
 GRID = 4  # rows and columns of patches
 QUERIES = 5
-TEXT = 144  # tokens of a row beside its images: the longest system text, question and answer
+TEXT = 256  # tokens of a row beside its images: the longest system text, question and answer
 STEPS = 20
 
 
@@ -54,10 +54,14 @@ def variant(get_config: GetConfig) -> GetConfig:
 
 
 def shrink(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """The same recipe at small sizes, changed in place."""
+    """The same recipe at small sizes, in as many stages; one without stages is changed in place."""
     whole = c.resolve(config)
+    if whole.stages:
+        stages = zip(whole.stages, c.walked(whole), strict=True)
+        made = {stage.name: shrink(c.default(**_fields(each))) for stage, each in stages}
+        return c.in_stages(f"{whole.name}-{WORD}", **made)
     model = small(whole.model)
-    common.put(config, **{f.name: getattr(model, f.name) for f in dataclasses.fields(model)})
+    common.put(config, **_fields(model))
     config.name += f"-{WORD}"
     _shrink_data(config, whole, model)
     _shrink_train(config.train)
@@ -67,11 +71,16 @@ def shrink(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     return config
 
 
+def _fields(tree: Any) -> dict[str, Any]:
+    return {field.name: getattr(tree, field.name) for field in dataclasses.fields(tree)}
+
+
 def _shrink_data(config, whole: c.Config, model: c.Model) -> None:
     data, old = config.data, whole.model
-    text = whole.data.tokens - old.image_positions
-    longest = data.images_per_row * model.image_positions + min(text, TEXT)
-    data.update(rows=8, pool=32, threads=2, tokens=longest, text_tokens=min(data.text_tokens, 48))
+    data.update(rows=8, pool=32, threads=2, text_tokens=min(data.text_tokens, 48))
+    if not model.pair:
+        text = min(data.tokens - old.image_positions, TEXT)
+        data.tokens = data.images_per_row * model.image_positions + text
     scale = max(model.encoder.size) / max(old.encoder.size)
     data.augment.upscale = tuple(round(scale * length) for length in data.augment.upscale)
 
@@ -88,21 +97,26 @@ def small(model: c.Model) -> c.Model:
     """The same parts, narrow and shallow."""
     encoders = tuple(_ENCODERS[type(e)](e, model.connector) for e in model.encoders)
     first, *others = encoders
-    model = dataclasses.replace(
-        model,
+    depth = FUSED_DEPTH if model.fusion or model.samplers else DEPTH
+    return c.Model(
+        encoder=first,
         connector=_CONNECTORS[type(model.connector)](model, encoders),
-        fusion=_fusion(model.fusion, first.width) if model.fusion else None,
-        decoder=_decoder(model.decoder, FUSED_DEPTH if model.fusion or model.samplers else DEPTH),
+        decoder=model.decoder and _decoder(model.decoder, depth),
+        extra_encoders=tuple(others),
+        fusion=model.fusion and _fusion(model.fusion, first.width),
+        samplers=model.samplers and _samplers(model.samplers, depth),
+        # The id that starts a text is none of the tokenizer's.
+        text=model.text and dataclasses.replace(model.text, out=WIDTH, start=VOCAB - 1),
     )
-    if model.samplers is not None:
-        model = dataclasses.replace(model, samplers=_samplers(model.samplers, model.decoder.depth))
-    return dataclasses.replace(model, encoder=first, extra_encoders=tuple(others))
 
 
 def _encoder(encoder: Encoder, connector: Any) -> Encoder:
     """Pictures of few patches, in which pixels shuffle as they did; two blocks that run."""
     factor = connector.factor if getattr(connector, "pool", "none") == "shuffle" else 1
     grid = factor * max(1, round(GRID / factor))
+    # Where each picture has a grid of its own, the largest ones are so small.
+    scale = grid / (math.isqrt(encoder.max_patches) or encoder.grid[0])
+    rows = round(scale * encoder.grid[0])
     made = dataclasses.replace(
         encoder,
         width=WIDTH,
@@ -110,9 +124,9 @@ def _encoder(encoder: Encoder, connector: Any) -> Encoder:
         mlp=MLP,
         heads=HEADS,
         head_dim=encoder.head_dim and WIDTH // HEADS,
-        image_size=grid * encoder.patch,
+        image_size=rows * encoder.patch,
         max_patches=encoder.max_patches and grid**2,
-        position_grid=tuple(max(1, n * grid // encoder.grid[0]) for n in encoder.position_grid),
+        position_grid=tuple(math.ceil(scale * n) for n in encoder.position_grid),
         **FLOAT32,
     )
     return dataclasses.replace(made, resize=_resize(encoder, made))

@@ -35,6 +35,7 @@ def get_config(variant: str = ""):
         ),
         # 256 visual tokens and at most 1024 of text (minigptv2_finetune.yaml)
         tokens=1280,
+        template="minigpt_v2",
         rows=96,  # ours: 1 to 6 a GPU by data set, on GPUs that no file counts
     )
     # train_configs/minigptv2_finetune.yaml: 50 times 1000 steps, 1e-5 to 1e-6, a warm-up of 1000

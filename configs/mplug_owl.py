@@ -35,6 +35,7 @@ def get_config(variant: str = ""):
             decoder("llama1-7b"),
         ),
         tokens=2048,
+        template="mplug_owl",
     )
     common.adapt(
         config,

@@ -40,7 +40,7 @@ def get_config(variant: str = ""):
         tokens=256,
         images_per_row=6,
     )
-    common.captions(config)
+    common.captions(config, "flamingo")
     # Only the gated blocks are decayed (train/train.py, get_grouped_params).
     rules = c.Rule(r"decoder/cross/.*"), c.Rule(r".*", weight_decay=0.0)
     common.freeze(config, common.ENCODERS, common.DECODER_ALONE, rules=rules)

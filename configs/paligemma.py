@@ -32,7 +32,7 @@ def get_config(variant: str = ""):
         c.Model(encoder, Connector("linear"), decoder("gemma-2b", vocab=257_216)),
         tokens=encoder.patches + 128,  # text_len
         attention="prefix",
-        template="tiny",
+        template="paligemma",
     )
     # forkme.py: batches of 32, 1e-5 for all of it, a warm-up of 5 %, a cosine to 0, clipping at 1.
     # Its decay of 3e-7 is not multiplied by the learning rate; ours is. optax.py decays what is

@@ -44,6 +44,7 @@ def get_config(variant: str = ""):
     encoder, size, stage = common.words("prismatic", variant, *WORDS)
     config = llava15.get_config(size)
     config.name = f"prismatic-{encoder}-{size}"
+    config.data.template = "in_out"
     first, *others = ENCODERS[encoder]
     language = decoder(f"llama2-{size}", vocab=32_064)
     common.put(config, encoder=first, extra_encoders=tuple(others), decoder=language)
@@ -67,7 +68,7 @@ def controlled(config):
 def align(config):
     """The projector alone (align_* of conf/models.py)."""
     config.name += "-align"
-    common.captions(config)
+    common.captions(config, "clip")  # the caption and the end of sequence (datasets.py)
     common.freeze(config, common.ENCODERS, common.DECODER)
     common.epochs(config, rows=256, samples=llava15.ALIGN, lr=1e-3, weight_decay=0.0)
     return config

@@ -46,7 +46,7 @@ def get_config(variant: str = ""):
         decoder=decoder(name, vocab=vocab, tied=False),
     )
     # max_seq_len; max_num_images is of two pictures, of up to 16 tiles and the whole each.
-    config.data.update(tokens=7000, images_per_row=34)
+    config.data.update(tokens=7000, images_per_row=34, template="smolvlm")
     return {"": lambda config: config, "first": first, "instruct": instruct}[stage](config)
 
 

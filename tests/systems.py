@@ -16,7 +16,7 @@ from vlm_jax import schema
 from vlm_jax.models import params
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
-OURS = ("emoji", "siglip", "tiny", "vit_g")  # configs of no published system, without words
+OURS = ("emoji", "siglip", "tiny")  # configs of no published system, without words
 
 
 def systems() -> list[str]:
@@ -31,7 +31,7 @@ def systems() -> list[str]:
 
 def local() -> list[str]:
     """The same variants at sizes for a CPU."""
-    return [f"{name}-local".replace(":-", ":") for name in [*systems(), "vit_g:"]]
+    return [f"{name}-local".replace(":-", ":") for name in systems()]
 
 
 def structures(names: Iterable[str]) -> list[str]:
@@ -39,16 +39,17 @@ def structures(names: Iterable[str]) -> list[str]:
     found: dict[str, str] = {}
     for name in names:
         made = config(name)
-        found.setdefault(repr((_numberless(made.model), made.adaptation)), name)
+        found.setdefault(repr((numberless(made.model), made.adaptation)), name)
     return list(found.values())
 
 
-def _numberless(value: Any) -> Any:
-    """A tree without what its numbers are; 0 often stands for a part that is not there."""
+def numberless(value: Any) -> Any:
+    """A tree without what its numbers are, and how often the same comes again; 0 often stands for
+    a part that is not there."""
     if dataclasses.is_dataclass(value):
-        return [_numberless(getattr(value, f.name)) for f in dataclasses.fields(value)]
+        return [numberless(getattr(value, f.name)) for f in dataclasses.fields(value)]
     if isinstance(value, tuple):
-        return [_numberless(v) for v in value]
+        return list(dict.fromkeys(repr(numberless(v)) for v in value))
     return value > 0 if type(value) in (int, float) else value
 
 
