@@ -7,7 +7,7 @@ LLaVA-1.5's first stage's here, all of them ours. The authors' data: 1M to 10M p
 LAION-400M; the decoder is frozen (accounts of the paper, unverified).
 """
 
-from configs import common, llava15
+from configs import common, llava15, local
 from vlm_jax.presets.encoder_sizes import published
 
 ENCODERS = {"b": "openclip-b16", "l": "openclip-l14", "h": "openclip-h14", "g": "openclip-g14"}
@@ -15,6 +15,7 @@ WORDS = (tuple(ENCODERS), ("7b", "13b"))
 SAMPLES = 1_000_000  # to ten times as many, in steps of as many
 
 
+@local.variant
 def get_config(variant: str = ""):
     """A cell of the grid.
 

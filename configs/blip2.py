@@ -9,7 +9,7 @@ captions by CapFilt (unverified). Their captions are in lower case, without punc
 words long (lavis/processors/blip_processors.py).
 """
 
-from configs import common
+from configs import common, local
 from vlm_jax import config as c
 from vlm_jax.presets import qformer
 from vlm_jax.presets.decoders import decoder
@@ -20,6 +20,7 @@ WORDS = (("opt-2.7b", "opt-6.7b"), ("", "coco"))
 BELOW_NORM = r"encoder/(?!norm/).*"
 
 
+@local.variant
 def get_config(variant: str = ""):
     """The second stage, or what follows it.
 
@@ -33,7 +34,7 @@ def get_config(variant: str = ""):
         # 32 queries and at most 32 tokens of text (max_txt_len of blip2_opt.py).
         tokens=64,
     )
-    common.captions(config)
+    common.captions(config, "blip2")
     common.freeze(config, BELOW_NORM, common.DECODER)
     # The paper, unverified: 80,000 steps of 1920 pictures, 1e-4 down to 5e-5, a warm-up of 2000,
     # betas 0.9 and 0.98. The public pretrain_stage2.yaml, for COCO and Visual Genome, has 16 times

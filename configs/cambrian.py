@@ -8,7 +8,7 @@ The authors' data: 2.5M samples of alignment, then Cambrian-7M: language 21.00 %
 27.22, counting 8.71, math 7.20, code 0.87, science 0.88, at most 350,000 of a source (README).
 """
 
-from configs import common, llava15
+from configs import common, llava15, local
 from vlm_jax import config as c
 from vlm_jax.presets.convnets import convnext
 from vlm_jax.presets.decoders import decoder
@@ -18,9 +18,12 @@ from vlm_jax.presets.sva import CAMBRIAN, CAMBRIAN_SAMPLERS
 
 DECODERS = {"8b": "llama3-8b", "13b": "llama2-13b"}
 PAD_384 = Resize("pad", side=384)
+# --version llama_v3 and v1
+TEMPLATES = {"8b": "cambrian", "13b": "vicuna_v1"}
 WORDS = (tuple(DECODERS), ("", "align"))
 
 
+@local.variant
 def get_config(variant: str = ""):
     """The second stage, or the first.
 
@@ -30,6 +33,7 @@ def get_config(variant: str = ""):
     size, stage = common.words("cambrian", variant, *WORDS)
     config = llava15.get_config()
     config.name = f"cambrian-{size}"
+    config.data.template = TEMPLATES[size]
     common.put(
         config,
         encoder=published("siglip-so400m14-378", resize=PAD_384),

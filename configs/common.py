@@ -6,9 +6,9 @@ hand, only accounts of it; "ours" is what no source says. Shares of the authors'
 words, since the data is not here.
 
 Data, tokenizers and weights of those systems are not part of this repository: their configs read
-the embedded pictures until `data.mixture`, `data.tokenizer` and `init` name others. Where a prompt
-is no row of `data.chat.TEMPLATES`, it is LLaVA-1.5's, or ours where that is too long. A row holds
-one image, so that a batch has as many samples as the recipe's; `data.images_per_row` packs several.
+the embedded pictures until `data.mixture`, `data.tokenizer` and `init` name others. Prompts are the
+systems' own: their special tokens are added to the embedded tokenizer. A row holds one image, so
+that a batch has as many samples as the recipe's; `data.images_per_row` packs several.
 """
 
 import itertools
@@ -40,9 +40,8 @@ def words(file: str, variant: str, *choices: tuple[str, ...]) -> tuple[str, ...]
         others = (w for w, known in zip(chosen, choices, strict=True) if w != known[0])
         if variant in (_joined(chosen), _joined(others)):
             return chosen
-    raise ValueError(
-        f"configs/{file}.py has no variant {variant!r}; it has: {', '.join(variants(*choices))}"
-    )
+    known = ", ".join([*filter(None, variants(*choices)), "and local behind any of them"])
+    raise ValueError(f"configs/{file}.py has no variant {variant!r}; it has: {known}")
 
 
 def variants(*choices: tuple[str, ...]) -> list[str]:
@@ -84,9 +83,9 @@ def put(config, **parts: Any) -> None:
             config.model[name] = schema.plain(preset)
 
 
-def captions(config) -> None:
+def captions(config, template: str = "plain") -> None:
     """Feeds images and captions without prompts, as first stages do."""
-    config.data.template = "plain"
+    config.data.template = template
     with config.unlocked():
         config.data.mixture = {"emoji:caption": 1.0}
     config.eval.kinds = ("caption",)

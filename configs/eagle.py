@@ -9,7 +9,7 @@ The authors' data (README): LLaVA-1.5's LCS-558K; then Eagle-1.8M: LLaVA-1.5's 6
 70K, synDog 50K, DocVQA 39K, ChartQA 28K, DVQA 25K, LLaVAR 20K, AI2D 15K, LAION-GPT4V 11K.
 """
 
-from configs import common, llava15
+from configs import common, llava15, local
 from vlm_jax.presets.connectors import Connector
 from vlm_jax.presets.convnets import convnext
 from vlm_jax.presets.encoder_sizes import published
@@ -19,6 +19,7 @@ from vlm_jax.presets.sam import sam
 WORDS = (("7b", "13b"), ("", "align"))
 
 
+@local.variant
 def get_config(variant: str = ""):
     """The second stage, in which encoders train too, or the first.
 

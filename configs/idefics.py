@@ -6,7 +6,7 @@ PMD 2.82 % of the tokens (model card, unverified). The instructed model, all of 
 no variant: no readable source has its figures.
 """
 
-from configs import common
+from configs import common, local
 from vlm_jax import config as c
 from vlm_jax.presets.connectors import resampler
 from vlm_jax.presets.decoders import decoder
@@ -17,6 +17,7 @@ from vlm_jax.presets.resizing import SQUASH
 WORDS = (("9b",),)
 
 
+@local.variant
 def get_config(variant: str = ""):
     """Pre-training.
 
@@ -36,7 +37,7 @@ def get_config(variant: str = ""):
         tokens=1024,
         images_per_row=8,
     )
-    common.captions(config)
+    common.captions(config, "idefics")
     # no_decay of the m4 trainer: gates and the resampler too
     rules = c.Rule(r"connector/.*|.*_gate", weight_decay=0.0), *c.FULL
     common.freeze(config, common.ENCODERS, common.DECODER_ALONE, rules=rules)

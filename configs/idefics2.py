@@ -13,7 +13,7 @@ Cauldron's 50 sets and text alone, of which the largest are OpenHermes 12.73 %, 
 Text 5.57, narratives 4.56, Chart2Text 4.38, DVQA 4.27, GeomVerse 3.83, MetaMathQA 3.81.
 """
 
-from configs import common
+from configs import common, local
 from vlm_jax import config as c
 from vlm_jax.presets.connectors import resampler
 from vlm_jax.presets.decoders import decoder
@@ -30,6 +30,7 @@ CONNECTOR = c.Rule(r"connector/embed_mlp/.*"), c.Rule(r"connector/.*", weight_de
 WORDS = (("64", "320"), ("", "first", "instruct"))
 
 
+@local.variant
 def get_config(variant: str = ""):
     """Pre-training at full resolution, at a low one, or tuning.
 
@@ -49,6 +50,7 @@ def get_config(variant: str = ""):
         # 1536, pages 1024). Quarters and the whole are five images.
         tokens=2048,
         images_per_row={"64": 8, "320": 10}[tokens],
+        template="idefics2",
     )
     adapt(config, "lora")
     # The paper: 2048 sequences a batch and 1e-4 in both stages. 225G tokens of text, 2.5M of them a
@@ -64,14 +66,14 @@ def get_config(variant: str = ""):
 
 def pretrain(config):
     """The second stage of pre-training."""
-    common.captions(config)
+    common.captions(config, "idefics")
     return config
 
 
 def first(config):
     """The first stage of pre-training: at most 384 px, no quarters."""
     config.name += "-first"
-    common.captions(config)
+    common.captions(config, "idefics")
     small = published("idefics2", max_patches=27 * 27, resize=SMALL)
     common.put(config, encoder=small)
     config.data.images_per_row = 8

@@ -7,7 +7,7 @@ stage, by the same trainer, and so ours; of the paper's stages this is one, and 
 LAION-COCO, Docmatix, The Cauldron; unverified) has no shares here.
 """
 
-from configs import common
+from configs import common, local
 from vlm_jax import config as c
 from vlm_jax.presets.connectors import Connector
 from vlm_jax.presets.decoders import decoder
@@ -17,6 +17,7 @@ from vlm_jax.presets.resizing import Resize
 WORDS = (("8b",),)
 
 
+@local.variant
 def get_config(variant: str = ""):
     """Training on large pictures.
 
@@ -33,6 +34,7 @@ def get_config(variant: str = ""):
         ),
         tokens=4096,
         rows=2048,
+        template="idefics3",
         images_per_row=17,
     )
     # smollm's vision/experiments/pretraining/vloom/tr_350_smolvlm_2B_2nd_stage/config.yaml

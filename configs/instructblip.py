@@ -7,7 +7,7 @@ BERT's. The authors' data: 13 sets of 26 (captions, questions, dialogues, LLaVA-
 proportion to the square roots of their sizes.
 """
 
-from configs import blip2, common
+from configs import blip2, common, local
 from vlm_jax import config as c
 from vlm_jax.presets import qformer
 from vlm_jax.presets.decoders import decoder
@@ -17,6 +17,7 @@ WORDS = (("7b", "13b"),)
 ROWS = {"7b": 128, "13b": 64}  # a batch by size (paper, unverified)
 
 
+@local.variant
 def get_config(variant: str = ""):
     """Instruction tuning.
 
@@ -35,6 +36,7 @@ def get_config(variant: str = ""):
         tokens=416,
         text_tokens=128,
         rows=ROWS[size],
+        template="instructblip",
     )
     common.freeze(config, blip2.BELOW_NORM, common.DECODER)
     config.data.size_power = 0.5

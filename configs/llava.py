@@ -5,7 +5,7 @@ pairs), then LLaVA-Instruct-158K. Their fine-tuning on ScienceQA (12 epochs, unv
 variant, nor have their image start and end tokens (`--mm_use_im_start_end` of the first scripts).
 """
 
-from configs import common, llava15
+from configs import common, llava15, local
 from vlm_jax.presets.connectors import Connector
 from vlm_jax.presets.decoders import decoder
 from vlm_jax.presets.encoder_sizes import published
@@ -13,6 +13,7 @@ from vlm_jax.presets.encoder_sizes import published
 WORDS = (("7b", "13b"), ("", "align"))
 
 
+@local.variant
 def get_config(variant: str = ""):
     """The second stage, or the first.
 
@@ -22,6 +23,7 @@ def get_config(variant: str = ""):
     size, stage = common.words("llava", variant, *WORDS)
     config = llava15.get_config(size)
     config.name = f"llava-{size}"
+    config.data.template = "llava_v0"
     common.put(
         config,
         encoder=published("clip-l14", layer=-2),

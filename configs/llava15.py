@@ -11,7 +11,7 @@ OCR-VQA 80K, A-OKVQA 66K, TextCaps 22K, RefCOCO 48K, Visual Genome 86K. Their ba
 lengths and with or without pictures (`group_by_modality_length`); ours need no such order.
 """
 
-from configs import common
+from configs import common, local
 from vlm_jax import config as c
 from vlm_jax import schema
 from vlm_jax.presets.connectors import Connector
@@ -27,6 +27,7 @@ PAD, CROP = Resize("pad"), Resize("crop")
 ALIGN, TUNE = 558_128, 665_298
 
 
+@local.variant
 def get_config(variant: str = ""):
     """The second stage, or the first.
 

@@ -6,7 +6,7 @@ The authors' data: LCS-558K, then 760K samples that were not published (LLaVA-1.
 answers and tasks on documents and charts; all of it unverified).
 """
 
-from configs import common, llava15
+from configs import common, llava15, local
 from vlm_jax import config as c
 from vlm_jax.presets.connectors import Connector
 from vlm_jax.presets.decoders import decoder
@@ -25,9 +25,16 @@ DECODERS = {
         "mistral-7b", vocab=32_064, window=0, pattern=("global",), rope_theta=1e6
     ),
 }
+# conversation.py
+TEMPLATES = {
+    "vicuna-7b": "vicuna_v1",
+    "vicuna-13b": "vicuna_v1",
+    "mistral-7b": "llava_mistral",
+}
 WORDS = (tuple(DECODERS), ("", "align"))
 
 
+@local.variant
 def get_config(variant: str = ""):
     """The second stage, or the first.
 
@@ -43,6 +50,7 @@ def get_config(variant: str = ""):
         connector=Connector("mlp", layers=2, newline="token"),
         decoder=DECODERS[size],
     )
+    config.data.template = TEMPLATES[size]
     config.data.update(tokens=4096, images_per_row=5)
     common.freeze(config, rules=(c.Rule(common.ENCODERS, lr=0.1), *c.FULL))
     # Batch, samples and 2e-5 with 2e-6 for the encoder (`mm_vision_tower_lr`) are unverified: the

@@ -4,12 +4,13 @@ Variants: `7b` or `13b`, the first stage; with `tune` the second, on 3,500 long 
 authors' data: LAION and CC with SBU at 115 to 14, then cc_sbu_align.
 """
 
-from configs import blip2, common
+from configs import blip2, common, local
 from vlm_jax.presets.decoders import decoder
 
 WORDS = (("7b", "13b"), ("", "tune"))
 
 
+@local.variant
 def get_config(variant: str = ""):
     """The first stage, or the second.
 
@@ -25,7 +26,8 @@ def get_config(variant: str = ""):
     # times 5000 steps from 1e-4 to 8e-5, a decay of 0.05, 0.999 (runner_base.py), no clipping. The
     # warm-up starts at 1e-6, and the cosine is counted from the first step on. Pictures are
     # squashed (blip_processors.py).
-    config.data.rows = 256
+    # Beginning of sequence, picture, caption, end of line (minigpt_base.py).
+    config.data.update(rows=256, template="plain")
     config.data.augment.update(crop=(1.0, 1.0), flip=0.0)
     config.train.update(steps=20_000, lr=1e-4, end_lr=0.8, warmup_steps=5000, b2=0.999)
     return tune(config) if stage else config
@@ -37,6 +39,6 @@ def tune(config):
     Five times 200 steps of 12 on one GPU, from 3e-5 to 1e-5, a warm-up of 200 from 1e-6.
     """
     config.name += "-tune"
-    config.data.update(rows=12, tokens=512, template="vicuna_v1")
+    config.data.update(rows=12, tokens=512, template="minigpt4")
     config.train.update(steps=1000, lr=3e-5, end_lr=1 / 3, warmup_steps=200)
     return config

@@ -9,7 +9,7 @@ RefCOCO, RefCOCO+ and RefCOCOg 25 each, their inverse 10 each; COCO's questions 
 OKVQA 8; COCO's captions 10; instructions without pictures 10.
 """
 
-from configs import common
+from configs import common, local
 from vlm_jax import config as c
 from vlm_jax.presets.connectors import Connector
 from vlm_jax.presets.decoders import decoder
@@ -18,6 +18,7 @@ from vlm_jax.presets.encoder_sizes import published
 WORDS = (("",),)
 
 
+@local.variant
 def get_config(variant: str = ""):
     """The last stage; it has no variants.
 
@@ -34,6 +35,7 @@ def get_config(variant: str = ""):
         ),
         # 256 visual tokens and at most 1024 of text (minigptv2_finetune.yaml)
         tokens=1280,
+        template="minigpt_v2",
         rows=96,  # ours: 1 to 6 a GPU by data set, on GPUs that no file counts
     )
     # train_configs/minigptv2_finetune.yaml: 50 times 1000 steps, 1e-5 to 1e-6, a warm-up of 1000

@@ -9,7 +9,7 @@ samples of Alpaca, Vicuna and Baize, without pictures, and of LLaVA-Instruct (th
 train_it.sh).
 """
 
-from configs import common
+from configs import common, local
 from vlm_jax import config as c
 from vlm_jax.presets.connectors import resampler
 from vlm_jax.presets.decoders import decoder
@@ -19,6 +19,7 @@ from vlm_jax.presets.resizing import SQUASH
 WORDS = (("", "full", "align"),)
 
 
+@local.variant
 def get_config(variant: str = ""):
     """The second stage, or the first.
 
@@ -34,6 +35,7 @@ def get_config(variant: str = ""):
             decoder("llama1-7b"),
         ),
         tokens=2048,
+        template="mplug_owl",
     )
     common.adapt(
         config,

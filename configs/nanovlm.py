@@ -7,7 +7,7 @@ Variants: `222m`, version 0.1 with pictures of 224 px; or `460m`, whose pictures
 The authors' data (models/config.py): 45 sets of The Cauldron; FineVision, shuffled.
 """
 
-from configs import common
+from configs import common, local
 from vlm_jax import config as c
 from vlm_jax import schema
 from vlm_jax.presets.connectors import Connector
@@ -21,6 +21,7 @@ PIXELS = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 WORDS = (("222m", "460m"),)
 
 
+@local.variant
 def get_config(variant: str = ""):
     """The one stage.
 
@@ -36,7 +37,7 @@ def get_config(variant: str = ""):
             decoder("smollm2-135m"),
         ),
         tokens=128,  # 49 of them visual (lm_max_length)
-        template="tiny",
+        template="nanovlm_v0",
     )
     _slower_towers(config, 1e-4 / 2e-3)
     # TrainConfig at v0.1: batches of 256, five epochs, 2e-3 and 1e-4; train.py: a warm-up of 3 %, a
@@ -64,7 +65,7 @@ def tiled(config):
         connector=Connector("linear", pool="shuffle", factor=4, bias=False),
         decoder=decoder("smollm2-360m", vocab=49_218),
     )
-    config.data.update(rows=128, tokens=4096, images_per_row=18)
+    config.data.update(rows=128, tokens=4096, images_per_row=18, template="nanovlm")
     _slower_towers(config, 5e-5 / 5.12e-3)
     config.train.update(steps=40_000, lr=5.12e-3, warmup_steps=1200, clip=1.0)
     return config

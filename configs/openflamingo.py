@@ -8,7 +8,7 @@ pictures, 256 tokens) and 120M pairs of LAION-2B (32 tokens), whose loss counts 
 (`data.loss_weights`).
 """
 
-from configs import common
+from configs import common, local
 from vlm_jax import config as c
 from vlm_jax.presets.connectors import resampler
 from vlm_jax.presets.decoders import decoder
@@ -19,6 +19,7 @@ DECODERS = {"9b": "mpt-7b", "4b": "redpajama-3b"}
 WORDS = (tuple(DECODERS),)
 
 
+@local.variant
 def get_config(variant: str = ""):
     """The one stage.
 
@@ -39,7 +40,7 @@ def get_config(variant: str = ""):
         tokens=256,
         images_per_row=6,
     )
-    common.captions(config)
+    common.captions(config, "flamingo")
     # Only the gated blocks are decayed (train/train.py, get_grouped_params).
     rules = c.Rule(r"decoder/cross/.*"), c.Rule(r".*", weight_decay=0.0)
     common.freeze(config, common.ENCODERS, common.DECODER_ALONE, rules=rules)

@@ -8,7 +8,7 @@ at 896 px with 512; README and accounts of the paper) stand in no readable sourc
 variant; nor do the 40 tasks of transfers/, whose batches, rates and decays were searched for each.
 """
 
-from configs import common
+from configs import common, local
 from vlm_jax import config as c
 from vlm_jax.presets.connectors import Connector
 from vlm_jax.presets.decoders import decoder
@@ -17,6 +17,7 @@ from vlm_jax.presets.encoders import vit
 WORDS = (("224", "448", "896"),)
 
 
+@local.variant
 def get_config(variant: str = ""):
     """Fine-tuning.
 
@@ -31,7 +32,7 @@ def get_config(variant: str = ""):
         c.Model(encoder, Connector("linear"), decoder("gemma-2b", vocab=257_216)),
         tokens=encoder.patches + 128,  # text_len
         attention="prefix",
-        template="tiny",
+        template="paligemma",
     )
     # forkme.py: batches of 32, 1e-5 for all of it, a warm-up of 5 %, a cosine to 0, clipping at 1.
     # Its decay of 3e-7 is not multiplied by the learning rate; ours is. optax.py decays what is

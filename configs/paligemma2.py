@@ -4,13 +4,14 @@ Variants: `3b` or `10b`, and `224`, `448` or `896` pixels, as in `10b-448`. Figu
 the paper searched rates for each task and size, and no readable source has them.
 """
 
-from configs import common, paligemma
+from configs import common, local, paligemma
 from vlm_jax.presets.decoders import decoder
 
 DECODERS = {"3b": "gemma2-2b", "10b": "gemma2-9b"}
 WORDS = (tuple(DECODERS), *paligemma.WORDS)
 
 
+@local.variant
 def get_config(variant: str = ""):
     """Fine-tuning.
 

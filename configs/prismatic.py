@@ -9,7 +9,7 @@ The authors' data: LLaVA-1.5's mix665k with LVIS-Instruct-4V and LRV-Instruct (c
 llava_v1_5_lvis4v_lrv_mix1231k); LCS-558K for `align`.
 """
 
-from configs import common, llava15
+from configs import common, llava15, local
 from vlm_jax.presets.connectors import Connector
 from vlm_jax.presets.decoders import decoder
 from vlm_jax.presets.encoder_sizes import published
@@ -34,6 +34,7 @@ WORDS = (tuple(ENCODERS), ("7b", "13b"), ("", "controlled", "align"))
 SAMPLES = 1_231_000
 
 
+@local.variant
 def get_config(variant: str = ""):
     """The one stage, two epochs; or one of others.
 
@@ -43,6 +44,7 @@ def get_config(variant: str = ""):
     encoder, size, stage = common.words("prismatic", variant, *WORDS)
     config = llava15.get_config(size)
     config.name = f"prismatic-{encoder}-{size}"
+    config.data.template = "in_out"
     first, *others = ENCODERS[encoder]
     language = decoder(f"llama2-{size}", vocab=32_064)
     common.put(config, encoder=first, extra_encoders=tuple(others), decoder=language)
@@ -66,7 +68,7 @@ def controlled(config):
 def align(config):
     """The projector alone (align_* of conf/models.py)."""
     config.name += "-align"
-    common.captions(config)
+    common.captions(config, "clip")  # the caption and the end of sequence (datasets.py)
     common.freeze(config, common.ENCODERS, common.DECODER)
     common.epochs(config, rows=256, samples=llava15.ALIGN, lr=1e-3, weight_decay=0.0)
     return config

@@ -10,7 +10,7 @@ The second and third have NEFTune's noise of 5. Pictures of LAION-COCO are at mo
 (1152 for 2.2b), others 2048 (1920); ours are enlarged to four tiles a side in all stages.
 """
 
-from configs import common, idefics2, idefics3
+from configs import common, idefics2, idefics3, local
 from vlm_jax import config as c
 from vlm_jax.presets.connectors import Connector
 from vlm_jax.presets.decoders import decoder
@@ -27,6 +27,7 @@ SIZES = {
 WORDS = (tuple(SIZES), ("", "first", "instruct"))
 
 
+@local.variant
 def get_config(variant: str = ""):
     """The second stage, the first, or the third.
 
@@ -45,7 +46,7 @@ def get_config(variant: str = ""):
         decoder=decoder(name, vocab=vocab, tied=False),
     )
     # max_seq_len; max_num_images is of two pictures, of up to 16 tiles and the whole each.
-    config.data.update(tokens=7000, images_per_row=34)
+    config.data.update(tokens=7000, images_per_row=34, template="smolvlm")
     return {"": lambda config: config, "first": first, "instruct": instruct}[stage](config)
 
 

@@ -18,26 +18,8 @@ from vlm_jax.training import adaptation, objectives, schedules
 
 GOLDEN = pathlib.Path(__file__).parent / "goldens" / "configs.json"
 SYSTEMS = systems.systems()
-# Systems of different structure.
-STRUCTURES = [
-    "bigger_encoders:b-7b",
-    "blip2:opt-2.7b",
-    "cambrian:8b",
-    "eagle:7b",
-    "idefics:9b",
-    "idefics2:64",
-    "instructblip:7b",
-    "llava:7b",
-    "llava_next:mistral-7b",
-    "minigpt_v2:",
-    "mplug_owl:",
-    "nanovlm:222m",
-    "openflamingo:9b",
-    "openflamingo:4b",
-    "paligemma2:3b-224",
-    "prismatic:dinosiglip-7b",
-    "smolvlm:256m",
-]
+# Systems that differ in more than numbers.
+STRUCTURES = systems.structures(SYSTEMS)
 
 # Encoder, connector, decoder and what is carried, counted in transformers' classes on the meta
 # device; test_systems_parity.py counts again.
@@ -161,7 +143,10 @@ def batch_of(config):
     return jax.tree.map(lambda x: ShapeDtypeStruct(x.shape, x.dtype), batch)
 
 
-@pytest.mark.parametrize("name", STRUCTURES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name not in STRUCTURES)) for name in SYSTEMS],
+)
 def test_the_loss_of_a_batch_fits_together_at_full_size(name):
     config = systems.config(name)
 
