@@ -107,16 +107,32 @@ def _run(workdir: Path):
     from vlm_jax.weights import store
 
     config, leaves = checkpoints.load_params(workdir)
-    whole = [init.folder for init in config.init if not init.part]
-    if not whole and not _FAMILY.value:
+    origin = _origin(config)
+    if origin is None and not _FAMILY.value:
         raise ConfigError(
             f"{workdir} did not start from a whole imported model: name the model_type to export "
             "to with --family"
         )
-    if not whole:
+    if origin is None:
         return config, store.Stored(workdir, config.model, _FAMILY.value, {}, leaves)
-    origin = store.open_model(doors.folder(whole[0]))
     return config, dataclasses.replace(origin, model=config.model, trained=leaves)
+
+
+def _origin(config):
+    """The whole imported model that a run started from, or the run that it started from, and so on.
+
+    None where there is none.
+    """
+    from vlm_jax.training import checkpoints, stages
+    from vlm_jax.weights import store
+
+    whole = [init.folder for init in config.init if not init.part]
+    if not whole:
+        return None
+    folder = doors.folder(whole[0])
+    if (stages.latest(folder) / stages.CHECKPOINTS).is_dir():
+        return _origin(checkpoints.param_shapes(folder)[0])
+    return store.open_model(folder)
 
 
 def check(folder: Path, inputs: Path, outputs: Path) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from absl import app, flags, logging
+from ml_collections import config_flags
 
 from vlm_jax import config as configs
 from vlm_jax import schema
@@ -38,12 +39,15 @@ def config(flag: flags.FlagHolder) -> configs.Config:
     """The checked config of a `--config` flag.
 
     Raises:
-      ConfigError: the file cannot be read, or what it holds is wrong.
+      ConfigError: the file cannot be read, what it holds is wrong, or a stage has a value of its
+        own for a field that was overridden.
     """
     try:
-        return configs.resolve(flag.value)
+        found = configs.resolve(flag.value)
     except OSError as error:  # ml_collections reports a missing file when its value is read
         raise ConfigError(str(error)) from error
+    configs.refuse_hidden(found, config_flags.get_override_values(flags.FLAGS[flag.name]))
+    return found
 
 
 def folder(value: str) -> Path:
@@ -58,11 +62,12 @@ def folder(value: str) -> Path:
 
 
 def smaller_variant(flag: flags.FlagHolder) -> str:
-    """How to run the `smoke` variant of the config file of a `--config` flag; "" without one."""
+    """How to run the `local` variant of the config of a `--config` flag; "" without one."""
     path, _, variant = flags.FLAGS[flag.name].config_filename.partition(":")
+    words = "-".join(filter(None, [variant, "local"]))
     with contextlib.suppress(Exception):  # a file without variants may refuse the word as it likes
-        if not variant and runpy.run_path(path)["get_config"]("smoke"):
-            return f"--config={path}:smoke runs the same structure at tiny widths"
+        if runpy.run_path(path)["get_config"](words):
+            return f"--config={path}:{words} runs the same structure at tiny widths"
     return ""
 
 

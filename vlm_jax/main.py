@@ -5,6 +5,12 @@ python -m vlm_jax.main --config=configs/tiny.py --workdir=runs/tiny --config.tra
 With a schedule "wsd" or "rsqrt", a branch decays from a checkpoint of another run's stable phase:
 
 python -m vlm_jax.main --config=... --workdir=runs/half --branch_from=runs/whole --branch_at=500
+
+A config with stages trains one after the other, each in a folder of its own (runs/llava/1-align,
+runs/llava/2-tune); a single one's fields are changed by --stage:
+
+python -m vlm_jax.main --config=configs/llava15.py:7b-stages --workdir=runs/llava \
+  --stage=align.train.steps=100 --stage=tune.train.lr=1e-5
 """
 
 import dataclasses
@@ -14,9 +20,10 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
+from vlm_jax import config as configs
 from vlm_jax import doors
 from vlm_jax.config import Config
-from vlm_jax.errors import ConfigError
+from vlm_jax.errors import ConfigError, Interrupted
 
 # Of doors that one process imports, as tests do, the last one's flag holds.
 _CONFIG = config_flags.DEFINE_config_file(
@@ -25,6 +32,7 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 _BRANCH_FROM = flags.DEFINE_string("branch_from", None, "Folder of the run to branch off.")
 _BRANCH_AT = flags.DEFINE_integer("branch_at", None, "Step to branch off at; it has a checkpoint.")
+_STAGE = flags.DEFINE_multi_string("stage", [], "Change of one stage: NAME.FIELD=VALUE; repeat.")
 flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -33,7 +41,8 @@ def main(argv: Sequence[str]) -> None:
     doors.no_arguments(argv)
     branch = asked_branch(_BRANCH_FROM.value, _BRANCH_AT.value)
     smaller = doors.smaller_variant(_CONFIG)
-    run(doors.config(_CONFIG), doors.folder(_WORKDIR.value), smaller, branch)
+    config = configs.overridden(doors.config(_CONFIG), _STAGE.value)
+    run(config, doors.folder(_WORKDIR.value), smaller, branch)
 
 
 def asked_branch(trunk: str | None, step: int | None) -> tuple[Path, int] | None:
@@ -55,17 +64,65 @@ def asked_branch(trunk: str | None, step: int | None) -> tuple[Path, int] | None
 def run(
     config: Config, workdir: Path, smaller: str = "", branch: tuple[Path, int] | None = None
 ) -> None:
-    """A whole run: the model, the same without images, the scores of both, the report.
+    """A whole run, of one stage or several.
 
     Args:
       config: the run.
       workdir: its folder.
       smaller: what to try where the devices cannot hold it.
-      branch: the folder and the step of the run that it branches off.
+      branch: the folder and the step of the run that it branches off; of a run in stages the last
+        one branches, alone.
+
+    Raises:
+      ConfigError: the folder holds another run, or this one cannot be trained.
+      Interrupted: it was asked to stop; its state is saved.
+    """
+    from vlm_jax.training import stages
+
+    if config.stages and branch is not None:
+        trunk = stages.of(config, branch[0])[-1]
+        config, branch = trunk.config, (trunk.folder, branch[1])
+    stages.check_folder(config, workdir)
+    if config.stages:
+        walk(config, workdir, smaller)
+    else:
+        run_stage(config, workdir, smaller, branch)
+
+
+def walk(config: Config, workdir: Path, smaller: str = "") -> None:
+    """Trains and scores stage after stage, each from the last; those that have ended are passed by.
+
+    Raises:
+      ConfigError: a stage could not be trained; none is then.
+      Interrupted: it was asked to stop, within a stage or after one.
+    """
+    from vlm_jax.training import checkpoints, preflight, stages
+
+    runs = stages.of(config, workdir)
+    preflight.check(runs, smaller)
+    checkpoints.write_config(workdir, config)
+    for i, stage in enumerate(runs):
+        if stage.ended:
+            print(f"stage {stage.folder.name} has ended: {stage.folder / stages.REPORT}")
+            continue
+        print(f"stage {stage.folder.name}, {i + 1} of {len(runs)}")
+        stopping = run_stage(stage.config, stage.folder, smaller)
+        if stopping and i + 1 < len(runs):
+            raise Interrupted(f"stopped after {stage.folder.name}; the same command goes on")
+
+
+def run_stage(
+    config: Config, workdir: Path, smaller: str = "", branch: tuple[Path, int] | None = None
+) -> bool:
+    """The model, the same without images, the scores of both, the report.
+
+    Returns:
+      Whether it was asked to stop while the scores were made, which were made all the same.
     """
     from vlm_jax.evaluation import report
     from vlm_jax.evaluation.evaluator import Evaluator
     from vlm_jax.training import branching, loop
+    from vlm_jax.training.interrupt import Interrupt
 
     origin = None
     if branch is not None:
@@ -76,10 +133,12 @@ def run(
     text_only = None
     if config.eval.text_only_steps:
         text_only = train_text_only(config, workdir / "text_only")
-    scores = evaluator.final(state.evaluated(), text_only)
-    path = report.write(workdir)
-    print(report.table(scores))
-    print(f"report: {path}")
+    with Interrupt() as interrupt:
+        scores = evaluator.final(state.evaluated(), text_only)
+        path = report.write(workdir)
+        print(report.table(scores))
+        print(f"report: {path}")
+    return interrupt.asked(config.train.steps)
 
 
 def train_text_only(config: Config, workdir: Path):

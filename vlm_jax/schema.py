@@ -1,7 +1,7 @@
 """Trees of frozen dataclasses from plain data, checked field by field, and back.
 
 Annotations say what a value must be: numbers, strings, tuples, mappings, other dataclasses, and
-unions of these, of which presets name theirs in their field `kind`.
+unions of these, of which presets name theirs in their field `kind`; `Any` takes plain data.
 """
 
 import dataclasses
@@ -31,6 +31,8 @@ def typed(kind: Any, value: Any, path: str) -> Any:
     Raises:
       ConfigError: it is none; names the part, whose own name is `path`.
     """
+    if kind is Any:
+        return plain(value)
     if dataclasses.is_dataclass(kind):
         return _dataclass(kind, value, path)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)

@@ -31,10 +31,12 @@ class Stream:
       stop_at: the batch that cannot be had, as if the process had died.
       bad: batches whose images are no numbers.
       without: batches that do not come.
+      side: of the images.
     """
 
-    def __init__(self, stop_at: int = -1, bad: tuple = (), without: tuple = ()):
+    def __init__(self, stop_at: int = -1, bad: tuple = (), without: tuple = (), side: int = SIDE):
         self.next, self.stop_at, self.bad, self.without = 0, stop_at, bad, without
+        self.side = side
 
     def __enter__(self):
         return self
@@ -48,7 +50,7 @@ class Stream:
         self.next += 1
         while self.next in self.without:
             self.next += 1
-        made = batch(self.next)
+        made = batch(self.next, side=self.side)
         if self.next in self.bad:
             made = poisoned(made)
         documents = (((f"emoji/train/{self.next}", "emoji"),),) if self.bad else ()
@@ -137,7 +139,7 @@ def poisoned(batch: Batch) -> Batch:
     return batch._replace(images=batch.images._replace(patches=patches))
 
 
-def batch(seed: int, rows: int = ROWS) -> Batch:
+def batch(seed: int, rows: int = ROWS, side: int = SIDE) -> Batch:
     """Rows of two documents, each an image and then text, and padding; a last row of text alone."""
     rng = np.random.default_rng(seed)
     segments = np.zeros((rows, TOKENS), np.int32)
@@ -157,10 +159,10 @@ def batch(seed: int, rows: int = ROWS) -> Batch:
             if with_image:
                 visual[row, start : start + QUERIES] = np.arange(QUERIES) + number * QUERIES
                 image[row, start:end] = number
-                grids[row, number] = SIDE // PATCH
+                grids[row, number] = side // PATCH
             start = end
-    count = (SIDE // PATCH) ** 2
-    places = np.stack(np.divmod(np.arange(count), SIDE // PATCH), -1)
+    count = (side // PATCH) ** 2
+    places = np.stack(np.divmod(np.arange(count), side // PATCH), -1)
     texts = rng.integers(1, 12, (rows, IMAGES, TEXT)) * (grids[..., :1] > 0)
     texts[..., 3:] = 0
     return Batch(

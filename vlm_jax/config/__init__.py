@@ -14,6 +14,10 @@ from vlm_jax import schema
 from vlm_jax.config.checks import CHOICES as CHOICES
 from vlm_jax.config.checks import check as check
 from vlm_jax.config.checks import check_model as check_model
+from vlm_jax.config.stages import in_stages as in_stages
+from vlm_jax.config.stages import overridden as overridden
+from vlm_jax.config.stages import refuse_hidden as refuse_hidden
+from vlm_jax.config.stages import walked as walked
 from vlm_jax.config.tree import ADAPTERS as ADAPTERS
 from vlm_jax.config.tree import FIELDS as FIELDS
 from vlm_jax.config.tree import FULL as FULL
@@ -30,6 +34,7 @@ from vlm_jax.config.tree import MixtureStage as MixtureStage
 from vlm_jax.config.tree import Model as Model
 from vlm_jax.config.tree import Parallel as Parallel
 from vlm_jax.config.tree import Rule as Rule
+from vlm_jax.config.tree import Stage as Stage
 from vlm_jax.config.tree import Tracking as Tracking
 from vlm_jax.config.tree import Train as Train
 from vlm_jax.errors import ConfigError
@@ -74,4 +79,5 @@ def resolve(config: Mapping[str, Any]) -> Config:
         config = config.to_dict()
     resolved = schema.typed(Config, config, "config")
     check(resolved)
+    walked(resolved)
     return resolved

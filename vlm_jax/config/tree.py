@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from vlm_jax.presets.connectors import Connector
 from vlm_jax.presets.convnets import ConvNet
@@ -484,8 +485,23 @@ class Parallel:
 
 
 @dataclasses.dataclass(frozen=True)
+class Stage:
+    """One of the runs that a run in stages walks: the config with some of its fields changed.
+
+    Attributes:
+      name: part of its folder's name; lower-case letters, digits, "_" and "-".
+      changes: values by the dotted path of their field, e.g. {"train.steps": 500,
+        "model.encoder.image_size": 336}. Each stands in place of all that the config has there; a
+        number is a place in a list ("model.extra_encoders.0.image_size").
+    """
+
+    name: str
+    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
-    """A whole run."""
+    """A whole run; with `stages` one after the other, each of its own changes (`stages.py`)."""
 
     name: str
     model: Model
@@ -499,3 +515,4 @@ class Config:
     tracking: Tracking = Tracking()
     eval: Eval = Eval()
     parallel: Parallel = Parallel()
+    stages: tuple[Stage, ...] = ()

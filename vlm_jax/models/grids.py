@@ -32,8 +32,7 @@ class Places(NamedTuple):
 def places(images: Images, encoder: Encoder) -> Places:
     """Where the patches of a batch stand; all images alike unless `max_patches` is set."""
     if not encoder.max_patches:
-        at = np.indices(encoder.grid, dtype=np.int32).reshape(2, -1).T
-        return Places(jnp.asarray(at[None]), jnp.asarray(encoder.grid)[None, None], None)
+        return all_places(encoder.grid)
     grids = jnp.maximum(images.grids, 1)
     if images.starts is not None:
         at, owner = images.patch_positions, images.patch_images
@@ -45,6 +44,12 @@ def places(images: Images, encoder: Encoder) -> Places:
         mask = images.patch_images.reshape(len(grids), encoder.patches) >= 0
     # What padding holds must not reach past a table: it would come back as NaN.
     return Places(jnp.clip(at, 0, grids - 1), grids, mask)
+
+
+def all_places(grid: tuple[int, int]) -> Places:
+    """The places of a full grid, line by line."""
+    at = np.indices(grid, dtype=np.int32).reshape(2, -1).T
+    return Places(jnp.asarray(at[None]), jnp.asarray(grid)[None, None], None)
 
 
 def resized(table: Float[Array, "R C D"], seen: Places, method: str) -> Float[Array, "m P D"]:

@@ -23,12 +23,12 @@ from vlm_jax import config as configs
 from vlm_jax import schema
 from vlm_jax.config import Config
 from vlm_jax.errors import ConfigError, StorageError
-from vlm_jax.training import adaptation
+from vlm_jax.training import stages
+from vlm_jax.training.stages import CHECKPOINTS as FOLDER
+from vlm_jax.training.stages import CONFIG
 from vlm_jax.training.state import State
 
-FOLDER = "checkpoints"
 UNREADABLE = "unreadable"
-CONFIG = "config.json"
 
 # What may differ between a run and its continuation: nothing here changes what is learned, but for
 # the rounding of sums that another mesh brings.
@@ -180,33 +180,72 @@ def write_config(workdir: str | os.PathLike, config: Config) -> None:
 
 
 def load_params(
-    workdir: str | os.PathLike, step: int | None = None
+    workdir: str | os.PathLike,
+    step: int | None = None,
+    places: Mapping[str, jax.sharding.Sharding] | None = None,
 ) -> tuple[Config, dict[str, Array]]:
-    """The config of a run and its parameters to evaluate by path, on this host's first device.
+    """The config of a run and its parameters to evaluate by path.
 
     Args:
-      workdir: a run's folder.
+      workdir: a run's folder; of one in stages, the last that has ended is read.
       step: which checkpoint; None = the newest.
+      places: of the parameters wanted, by path; None = all of them, on this host's first device.
+
+    Raises:
+      StorageError: there is no such checkpoint, or it cannot be read.
+    """
+    here = SingleDeviceSharding(jax.local_devices()[0])
+    with _opened(workdir, step) as (orbax, step):
+        with _storage(f"reading step {step} of {workdir}"):
+            parts = _evaluated(orbax, step)
+            wanted = {
+                name: {
+                    path: jax.ShapeDtypeStruct(
+                        leaf.shape, leaf.dtype, sharding=here if places is None else places[path]
+                    )
+                    for path, leaf in part.items()
+                    if places is None or path in places
+                }
+                for name, part in parts.items()
+            }
+            wanted = {name: part for name, part in wanted.items() if part}
+            config = configs.resolve(_metadata(orbax, step)["config"])
+            context = ocp.Context()
+            context.pytree.loading.partial_load = True
+            with context:
+                loaded = orbax.load_checkpointables(step, wanted) if wanted else {}
+    return config, {path: leaf for part in loaded.values() for path, leaf in part.items()}
+
+
+def param_shapes(
+    workdir: str | os.PathLike, step: int | None = None
+) -> tuple[Config, dict[str, jax.ShapeDtypeStruct]]:
+    """What `load_params` would give, as shapes and dtypes.
 
     Raises:
       StorageError: there is no such checkpoint, or it cannot be read.
     """
     with _opened(workdir, step) as (orbax, step):
         with _storage(f"reading step {step} of {workdir}"):
+            parts = _evaluated(orbax, step)
             config = configs.resolve(_metadata(orbax, step)["config"])
-            here = SingleDeviceSharding(jax.local_devices()[0])
-            plan = adaptation.of(config)
-            trainable, _ = plan.split(plan.shapes)
-            stored = orbax.checkpointables_metadata(step).metadata
-            learned = "ema" if "ema" in stored else "trainable"
-            wanted = {learned: trainable}
-            if "frozen" in stored:
-                wanted["frozen"] = dict(stored["frozen"])
-            wanted = jax.tree.map(
-                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), wanted
-            )
-            loaded = orbax.load_checkpointables(step, wanted)
-    return config, {**loaded.get("frozen", {}), **loaded[learned]}
+    return config, {path: leaf for part in parts.values() for path, leaf in part.items()}
+
+
+def _evaluated(
+    orbax: ocp.training.Checkpointer, step: int
+) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+    """The parts of a checkpoint that `State.evaluated` is made of."""
+    stored = orbax.checkpointables_metadata(step).metadata
+    learned = "ema" if "ema" in stored else "trainable"
+    return {
+        name: {
+            path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+            for path, leaf in stored[name].items()
+        }
+        for name in ("frozen", learned)
+        if name in stored
+    }
 
 
 def load_state(
@@ -236,7 +275,7 @@ def _opened(
     workdir: str | os.PathLike, step: int | None
 ) -> Iterator[tuple[ocp.training.Checkpointer, int]]:
     """The checkpoints of a run, which may be running, and the one that was asked for."""
-    folder = Path(workdir).resolve() / FOLDER
+    folder = stages.latest(Path(workdir).resolve()) / FOLDER
     if not folder.is_dir():
         raise StorageError(f"{workdir} is not a run's folder: it has no {FOLDER}/")
     with ocp.training.Checkpointer(epath.Path(folder)) as orbax:

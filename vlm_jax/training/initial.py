@@ -1,20 +1,25 @@
 """Where a new run's parameters come from: folders of imported weights and of runs, part by part.
 
 A folder of PEFT gives its adapters, and what was trained beside them, to the part that an entry
-above it has filled.
+above it has filled. A table of learned positions is brought to the grid of the model that reads it.
 """
 
+import dataclasses
+import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from vlm_jax.config import Config, Init, Model
 from vlm_jax.errors import ConfigError
-from vlm_jax.models import adapters, params
+from vlm_jax.models import adapters, grids, params
+from vlm_jax.parallel import sharding
+from vlm_jax.presets.encoders import Encoder
 from vlm_jax.training import adaptation
 from vlm_jax.weights import peft, store
 
@@ -23,25 +28,47 @@ from vlm_jax.weights import peft, store
 ADDED = (r"decoder/added_(embedding|output/kernel)", r"decoder/cross/.*", r"connector/project/.*")
 ADDITIONS = tuple(map(re.compile, ADDED))
 
+Places = Mapping[str, jax.sharding.Sharding]
 
-def shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape and dtype of the leaves that `config.init` names, as the folders hold them.
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What a folder holds.
+
+    Attributes:
+      model: its presets.
+      shapes: shape and dtype of its leaves by path; a run's adapters are merged.
+      read: gives the leaves that it is told places of.
+    """
+
+    model: Model
+    shapes: Mapping[str, jax.ShapeDtypeStruct]
+    read: Callable[[Places], dict[str, Array]]
+
+
+def shapes(
+    config: Config, planned: Mapping[str, Source] | None = None
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of the leaves that `config.init` names, as a run would start from them.
+
+    Args:
+      config: the run.
+      planned: what folders that are not there yet will hold, by their names.
 
     Raises:
       ConfigError: a part is not in its folder, or of another shape than the model's.
     """
     wanted, found = params.abstract(config.model), {}
-    for init, stored, pairs in _sources(config, wanted):
-        source = stored.parameters
+    for init, source, pairs in _sources(config, wanted, planned or {}):
         for ours, theirs in pairs.items():
-            shape = wanted[ours].shape
-            if source.shapes.get(theirs) != shape:
-                given = source.shapes.get(theirs, "nothing")
+            shape, leaf = wanted[ours].shape, source.shapes.get(theirs)
+            given = "nothing" if leaf is None else leaf.shape
+            if given != shape and not _regrids(source.model, theirs, config.model, ours):
                 raise ConfigError(
                     f"config.init: {init.folder} has {given} for {ours}; the model needs {shape}: "
                     "its presets are not those of the folder"
                 )
-            found[ours] = jax.ShapeDtypeStruct(shape, source.dtypes[theirs])
+            found[ours] = jax.ShapeDtypeStruct(shape, leaf.dtype)
     adapted = {
         path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
         for path, leaf in _adapters(config).items()
@@ -49,21 +76,57 @@ def shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
     return found | adapted
 
 
-def load(config: Config, places: Mapping[str, jax.sharding.Sharding]) -> dict[str, Array]:
+def load(config: Config, places: Places) -> dict[str, Array]:
     """The same leaves on their devices, in the folders' dtypes."""
-    found = {}
-    for _, stored, pairs in _sources(config, params.abstract(config.model)):
-        loaded = store.load(stored, {theirs: places[ours] for ours, theirs in pairs.items()})
-        found |= {ours: loaded[theirs] for ours, theirs in pairs.items()}
+    wanted, found = params.abstract(config.model), {}
+    for _, source, pairs in _sources(config, wanted, {}):
+        # A table of positions lies alike on every grid: its rows are whole everywhere.
+        loaded = source.read({theirs: places[ours] for ours, theirs in pairs.items()})
+        for ours, theirs in pairs.items():
+            leaf = loaded.pop(theirs)
+            if leaf.shape != wanted[ours].shape:
+                old, new = _tables(source.model)[theirs], _tables(config.model)[ours]
+                leaf = jax.device_put(regridded(leaf, old, new), places[ours])
+            found[ours] = leaf
     for path, leaf in _adapters(config).items():
         found[path] = jax.make_array_from_callback(leaf.shape, places[path], leaf.__getitem__)
     return found
 
 
+def regridded(table: Float[Array, "S D"], old: Encoder, new: Encoder) -> Float[Array, "T D"]:
+    """One encoder's table of positions on another's grid, by the `position_resize` of the latter.
+
+    What the class token adds stays as it is.
+    """
+    first = int(old.class_token)
+    grid = table[first:].astype(jnp.float32).reshape(*old.table_grid, old.width)
+    seen = grids.all_places(new.table_grid)
+    rest = grids.resized(grid, seen, new.position_resize)
+    return jnp.concatenate([table[:first], rest.reshape(-1, old.width).astype(table.dtype)])
+
+
+def _regrids(old: Model, theirs: str, new: Model, ours: str) -> bool:
+    """Whether both paths are tables of positions that differ in their grids alone."""
+    before, after = _tables(old).get(theirs), _tables(new).get(ours)
+    if before is None or after is None:
+        return False
+    return (before.width, before.class_token) == (after.width, after.class_token)
+
+
+def _tables(model: Model) -> dict[str, Encoder]:
+    """Encoders with learned positions, by the paths of those."""
+    names = ("encoder", *(f"extra_encoders/{i}" for i in range(len(model.extra_encoders))))
+    return {
+        f"{name}/positions": encoder
+        for name, encoder in zip(names, model.encoders, strict=False)
+        if isinstance(encoder, Encoder) and encoder.position == "learned"
+    }
+
+
 def _sources(
-    config: Config, wanted: Mapping[str, object]
-) -> Iterator[tuple[Init, store.Stored, dict[str, str]]]:
-    """Of every entry, its folder and its leaves as path -> path in the folder."""
+    config: Config, wanted: Mapping[str, object], planned: Mapping[str, Source]
+) -> Iterator[tuple[Init, Source, dict[str, str]]]:
+    """Of every entry, what its folder holds and its leaves as path -> path there."""
     for init in config.init:
         if peft.is_adapter(_folder(init)):
             continue
@@ -72,10 +135,10 @@ def _sources(
         paths = [path for path in wanted if path.startswith(prefix)]
         if not paths:
             raise ConfigError(f"config.init: the model has no part {init.part!r}")
-        stored = _opened(_folder(init))
+        found = planned.get(init.folder) or _opened(_folder(init))
         pairs = {path: source + path.removeprefix(prefix) for path in paths}
-        new = _additions(pairs, stored.parameters.shapes)
-        yield init, stored, {path: theirs for path, theirs in pairs.items() if path not in new}
+        new = _additions(pairs, found.shapes)
+        yield init, found, {path: theirs for path, theirs in pairs.items() if path not in new}
 
 
 def _additions(pairs: Mapping[str, str], there: Mapping[str, object]) -> set[str]:
@@ -134,12 +197,58 @@ def _refuse_others(config: Config, init: Init, leaves: Mapping[str, np.ndarray])
             )
 
 
-def _opened(folder: Path) -> store.Stored:
+def _opened(folder: Path) -> Source:
     """An imported model, or what a run's newest checkpoint holds."""
-    if store.is_model(folder) or not (folder / "checkpoints").is_dir():
-        return store.open_model(folder)
     # Here and not above: checkpoints are of states, which start from this module.
-    from vlm_jax.training import checkpoints
+    from vlm_jax.training import checkpoints, stages
 
-    config, leaves = checkpoints.load_params(folder)
-    return store.Stored(folder, config.model, "", {}, adapters.merged(leaves))
+    run = stages.latest(folder)
+    if store.is_model(folder) or not (run / checkpoints.FOLDER).is_dir():
+        stored = store.open_model(folder)
+        file = stored.parameters
+        leaves = {p: jax.ShapeDtypeStruct(s, file.dtypes[p]) for p, s in file.shapes.items()}
+        return Source(stored.model, leaves, functools.partial(store.load, stored))
+    config, leaves = checkpoints.param_shapes(run)
+    return of_run(
+        config.model, leaves, lambda places: checkpoints.load_params(run, None, places)[1]
+    )
+
+
+def of_run(
+    model: Model,
+    leaves: Mapping[str, jax.ShapeDtypeStruct],
+    read: Callable[[Places], dict[str, Array]],
+) -> Source:
+    """A run as a source: its adapters are merged.
+
+    Args:
+      model: the run's.
+      leaves: its parameters to evaluate, adapters among them.
+      read: gives those that it is told places of.
+    """
+    whole = jax.eval_shape(adapters.merged, dict(leaves))
+    return Source(model, whole, functools.partial(_merged, leaves, set(whole), read))
+
+
+def _merged(
+    leaves: Mapping[str, jax.ShapeDtypeStruct],
+    whole: set[str],
+    read: Callable[[Places], dict[str, Array]],
+    places: Places,
+) -> dict[str, Array]:
+    """The leaves wanted, with what stands beside them merged layer by layer."""
+    layers = {path.rpartition("/")[0] for path in places}
+    beside = {
+        path: leaf
+        for path, leaf in leaves.items()
+        if path not in whole and path.rpartition("/")[0] in layers
+    }
+    if not beside:
+        return read(places)
+    mesh = next(iter(places.values())).mesh
+    found = read({**places, **sharding.named(mesh, beside, params.axes)})
+    for layer in {path.rpartition("/")[0] for path in beside}:
+        paths = [path for path in found if path.rpartition("/")[0] == layer]
+        merged = adapters.merged({path: found.pop(path) for path in paths})
+        found |= {path: jax.device_put(leaf, places[path]) for path, leaf in merged.items()}
+    return found

@@ -1,6 +1,7 @@
 """The state of a run: everything on the devices that a checkpoint must hold."""
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -86,9 +87,22 @@ def _adapters(plan: Plan, flat: dict[str, Array], key: Array) -> dict[str, Array
     return found
 
 
-def abstract(config: Config, plan: Plan, mesh: Mesh) -> State:
-    """Shapes, dtypes and shardings of the state on `mesh`; nothing is allocated."""
-    shapes = jax.eval_shape(lambda loaded: fresh(config, plan, loaded), initial.shapes(config))
+def abstract(
+    config: Config,
+    plan: Plan,
+    mesh: Mesh,
+    planned: Mapping[str, initial.Source] | None = None,
+) -> State:
+    """Shapes, dtypes and shardings of the state on `mesh`; nothing is allocated.
+
+    Args:
+      config: the run.
+      plan: which parameters train.
+      mesh: its devices.
+      planned: what folders of `config.init` that are not there yet will hold.
+    """
+    loaded = initial.shapes(config, planned)
+    shapes = jax.eval_shape(lambda loaded: fresh(config, plan, loaded), loaded)
     places = sharding.named(mesh, plan.shapes, params.axes)
 
     def place(keys: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

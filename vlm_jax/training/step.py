@@ -34,14 +34,7 @@ def make_step(
     Raises:
       ConfigError: the rows of a batch cannot be spread over the mesh.
     """
-    rows, ways = config.data.rows, mesh.shape["data"] * mesh.shape["fsdp"]
-    count = config.train.accumulate
-    if rows % (ways * count):
-        times = f", times the {count} of config.train.accumulate" if count > 1 else ""
-        raise ConfigError(
-            f"config.data.rows is {rows}; expected a multiple of the {ways} devices of the mesh's "
-            f"data and fsdp axes{times}"
-        )
+    check_rows(config, mesh)
     state_places = shardings(abstract(config, plan, mesh))
     jitted = jax.jit(
         functools.partial(_step, config, plan, optimizer.make(config.train, plan)),
@@ -55,6 +48,18 @@ def make_step(
             return jitted(state, batch)
 
     return step
+
+
+def check_rows(config: Config, mesh: Mesh) -> None:
+    """Raises ConfigError where the rows of a batch cannot be spread over the mesh."""
+    rows, ways = config.data.rows, mesh.shape["data"] * mesh.shape["fsdp"]
+    count = config.train.accumulate
+    if rows % (ways * count):
+        times = f", times the {count} of config.train.accumulate" if count > 1 else ""
+        raise ConfigError(
+            f"config.data.rows is {rows}; expected a multiple of the {ways} devices of the mesh's "
+            f"data and fsdp axes{times}"
+        )
 
 
 def place(batch: Batch, mesh: Mesh) -> Batch:
