@@ -56,7 +56,7 @@ def get_config(variant: str = ""):
     with config.ignore_type():
         config.model = schema.plain(_model(variant, encoder))
     # masked_pred_prob of big_vision's configs/proj/cappa/pretrain.py, whose masking_ratio is 1.
-    config.train.parallel = 0.75 if variant == "cappa" else 0.0
+    config.train.masked = 0.75 if variant == "cappa" else 0.0
     # CoCa weighs the captions twice and the comparison, a softmax, once (section 4.1).
     config.train.update(pairs="softmax", pairs_weight=0.5 if variant == "coca" else 0.0)
     return config

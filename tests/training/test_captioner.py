@@ -119,7 +119,7 @@ def test_documents_are_drawn_by_their_share_and_whole():
 
 def test_it_is_for_training_alone(flat):
     batch = tiny.batch(0)
-    one = tiny.config(COCA, parallel=1.0)
+    one = tiny.config(COCA, masked=1.0)
     plain = losses(tiny.config(COCA), flat, batch)[0]
     np.testing.assert_array_equal(losses(one, flat, batch)[0], plain)
     assert abs(losses(one, flat, batch, jax.random.key(1))[0] - plain) > 1e-3
@@ -127,7 +127,7 @@ def test_it_is_for_training_alone(flat):
 
 @pytest.mark.slow
 def test_steps_train_every_part():
-    config = tiny.config(COCA, pairs="sigmoid", pairs_weight=WEIGHT, parallel=0.5, steps=8)
+    config = tiny.config(COCA, pairs="sigmoid", pairs_weight=WEIGHT, masked=0.5, steps=8)
     mesh, _, step, create = tiny.prepared(config, 2)
     state, first = create(), None
     before = jax.tree.map(np.asarray, state.trainable)
@@ -147,10 +147,10 @@ def test_steps_train_every_part():
     [
         ({"pairs_weight": 0.0}, "pairs_weight is 0.0; expected more than 0, or no model.text"),
         ({"accumulate": 2}, "accumulate is 2; expected 1 beside train.pairs_weight"),
-        ({"parallel": 1.5}, "parallel is 1.5; expected a share from 0 to 1"),
+        ({"masked": 1.5}, "masked is 1.5; expected a share from 0 to 1"),
         ({"model": dataclasses.replace(COCA, text=None)}, "expected 0 without model.text"),
         (
-            {"model": dataclasses.replace(COCA, decoder=tiny.MODEL.decoder), "parallel": 0.5},
+            {"model": dataclasses.replace(COCA, decoder=tiny.MODEL.decoder), "masked": 0.5},
             "decoder.masked is False; expected True",
         ),
         (

@@ -99,7 +99,7 @@ def _check_pair(config: Config) -> None:
     _require(data.images_per_row == 1, "data.images_per_row", data.images_per_row, "1 of a pair")
     length = config.model.text.length
     _require(data.tokens == length, "data.tokens", data.tokens, f"the text tower's {length}")
-    unused = ["bag_of_words", "contrastive", "z_loss", "neftune", "pairs_weight", "parallel"]
+    unused = ["bag_of_words", "contrastive", "z_loss", "neftune", "pairs_weight", "masked"]
     if config.model.matched:
         heads = config.model.text
         _require(heads.generates, "model.text.generates", False, "True in training")
@@ -118,10 +118,10 @@ def _check_pair(config: Config) -> None:
 def _check_beside(config: Config) -> None:
     """Of what a captioner learns besides telling one token after the other."""
     model, train = config.model, config.train
-    share = train.parallel
-    _require(0 <= share <= 1, "train.parallel", share, "a share from 0 to 1")
+    share = train.masked
+    _require(0 <= share <= 1, "train.masked", share, "a share from 0 to 1")
     masked = model.decoder.masked or not share
-    _require(masked, "model.decoder.masked", False, "True beside train.parallel")
+    _require(masked, "model.decoder.masked", False, "True beside train.masked")
     weight, text = train.pairs_weight, model.text
     _require(0 <= weight < math.inf, "train.pairs_weight", weight, "at least 0")
     _require(text is not None or not weight, "train.pairs_weight", weight, "0 without model.text")

@@ -277,7 +277,7 @@ class Train:
       pairs: what a model of pairs minimises, "sigmoid" (SigLIP) or "softmax" (CLIP).
       pairs_weight: weight of that loss beside a decoder's, where the model has a text tower too
         (CoCa: 1 to the decoder's 2).
-      parallel: share of the documents whose learned tokens a masked decoder tells all at once,
+      masked: share of the documents whose learned tokens a masked decoder tells all at once,
         without those before them (CapPa: 0.75); held-out losses are those of one after the other.
       ema: decay of the averaged weights that evaluation and export use; 0 = the last weights.
       feature_cache: GiB of the host's memory for features of frozen encoders, which are then made
@@ -309,7 +309,7 @@ class Train:
     temperature: float = 0.1
     pairs: str = "sigmoid"
     pairs_weight: float = 0.0
-    parallel: float = 0.0
+    masked: float = 0.0
     ema: float = 0.0
     feature_cache: float = 0.0
     log_every: int = 10

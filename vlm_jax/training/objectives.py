@@ -66,8 +66,8 @@ def losses(
         texts = batch.image_texts if config.model.instructed else None
         visual = vlm.connected(features, batch.images.grids.shape[:2], of_images[1], texts)
     train, read = config.train, batch
-    if train.parallel and dropout is not None:
-        read = masking.drawn(batch, train.parallel, config.model.decoder.tokens, dropout)
+    if train.masked and dropout is not None:
+        read = masking.drawn(batch, train.masked, config.model.decoder.tokens, dropout)
     logits = vlm.unembed(vlm.hidden(read, visual, keys[1], train.neftune))
     parts = train.label_smoothing, whole.get("weight"), train.z_loss
     loss, sums = next_token(logits, batch, *parts)
