@@ -14,6 +14,7 @@ from vlm_jax.errors import ConfigError
 from vlm_jax.models import adapters, grids, params
 from vlm_jax.models.vit import Vit
 from vlm_jax.parallel import mesh, sharding
+from vlm_jax.presets.fusion import CrossAttention
 from vlm_jax.training import adaptation, initial
 from vlm_jax.training import state as states
 from vlm_jax.training import step as steps
@@ -203,3 +204,22 @@ def test_tables_that_differ_in_more_than_their_grid_are_refused(tmp_path):
         )
         with pytest.raises(ConfigError, match="presets are not those"):
             initial.shapes(config)
+
+
+def test_gated_blocks_are_drawn_where_the_folder_has_none_and_read_where_it_has(tmp_path):
+    blocks = CrossAttention(16, heads=2, kv_heads=2, head_dim=8, every=1)
+    model = dataclasses.replace(tiny.MODEL, fusion=blocks)
+    gates = "decoder/cross/stack/blocks/attention/query/kernel"
+    made = mesh.make(configs.Parallel(), jax.devices()[:1])
+
+    def started(name: str, source: configs.Model):
+        leaves = folder(tmp_path / name, source, np.float32)
+        init = (configs.Init(str(tmp_path / name), "decoder"),)
+        config = tiny.config(model, init=init)
+        return leaves, states.create(config, adaptation.of(config), made).trainable
+
+    leaves, found = started("plain", configs.Model(decoder=model.decoder))
+    assert gates in found and gates not in leaves
+    np.testing.assert_array_equal(found["decoder/norm/scale"], leaves["decoder/norm/scale"])
+    leaves, found = started("gated", model)
+    np.testing.assert_array_equal(found[gates], leaves[gates])
