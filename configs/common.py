@@ -1,12 +1,18 @@
 """What the recipes of published systems share; not a config itself.
 
+Every figure of a recipe has its source in a comment: a section or table of the paper, or a file of
+the authors' repository. "Unverified" are figures of papers and model cards whose text was not at
+hand, only accounts of it; "ours" is what no source says. Shares of the authors' data are given in
+words, since the data is not here.
+
 Data, tokenizers and weights of those systems are not part of this repository: their configs read
-the embedded pictures until `data.mixture`, `data.tokenizer` and `init` name others. Where a prompt
-is no row of `data.chat.TEMPLATES`, it is LLaVA-1.5's, or ours where that is too long. A row holds
-one image, so that a batch has as many samples as the recipe's; `data.images_per_row` packs several.
+the embedded pictures until `data.mixture`, `data.tokenizer` and `init` name others. Prompts are the
+systems' own: their special tokens are added to the embedded tokenizer. A row holds one image, so
+that a batch has as many samples as the recipe's; `data.images_per_row` packs several.
 """
 
 import itertools
+import math
 from typing import Any
 
 from vlm_jax import config as c
@@ -34,9 +40,8 @@ def words(file: str, variant: str, *choices: tuple[str, ...]) -> tuple[str, ...]
         others = (w for w, known in zip(chosen, choices, strict=True) if w != known[0])
         if variant in (_joined(chosen), _joined(others)):
             return chosen
-    raise ValueError(
-        f"configs/{file}.py has no variant {variant!r}; it has: {', '.join(variants(*choices))}"
-    )
+    known = ", ".join([*filter(None, variants(*choices)), "and local behind any of them"])
+    raise ValueError(f"configs/{file}.py has no variant {variant!r}; it has: {known}")
 
 
 def variants(*choices: tuple[str, ...]) -> list[str]:
@@ -49,7 +54,11 @@ def _joined(chosen) -> str:
 
 
 def system(name: str, model: c.Model, tokens: int, **data: Any):
-    """A config of a published system: FSDP over all devices, AdamW with PyTorch's averages."""
+    """A config of a published system: FSDP over all devices, AdamW as PyTorch has it.
+
+    Betas of 0.9 and 0.999, 1e-8, and a norm of at most 1 are what transformers' Trainer does where
+    a script says nothing (TrainingArguments), and `train` then says nothing either.
+    """
     return c.default(
         name=name,
         model=model,
@@ -79,9 +88,9 @@ def replace(section, **values: Any) -> None:
             section[name] = schema.plain(value)
 
 
-def captions(config) -> None:
+def captions(config, template: str = "plain") -> None:
     """Feeds images and captions without prompts, as first stages do."""
-    config.data.template = "plain"
+    config.data.template = template
     with config.unlocked():
         config.data.mixture = {"emoji:caption": 1.0}
     config.eval.kinds = ("caption",)
@@ -101,7 +110,10 @@ def adapt(config, *rules: c.Rule) -> None:
 def epochs(
     config, rows: int, samples: int, times: float = 1, warmup: float = 0.03, **train: Any
 ) -> None:
-    """Sets batch, steps, a warm-up that is a share of them, and other fields of `train`."""
-    steps = int(samples * times / rows)
+    """Sets batch, steps, a warm-up that is a share of them, and other fields of `train`.
+
+    Both are rounded up as by transformers' Trainer: the last batch of an epoch is a smaller one.
+    """
+    steps = math.ceil(times * math.ceil(samples / rows))
     config.data.rows = rows
-    config.train.update(steps=steps, warmup_steps=int(warmup * steps), **train)
+    config.train.update(steps=steps, warmup_steps=math.ceil(warmup * steps), **train)

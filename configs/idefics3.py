@@ -2,11 +2,12 @@
 one linear layer, Llama 3.1 8B.
 
 A picture is enlarged to 1456 px, cut into up to 16 tiles, and seen as a whole. All of it trains.
-Rate, batch and warm-up are the m4 trainer's for SmolVLM, which then falls linearly, not as a
-cosine.
+No readable source has its figures: batch, rate, schedule and steps are those of SmolVLM's second
+stage, by the same trainer, and so ours; of the paper's stages this is one, and its data (OBELICS,
+LAION-COCO, Docmatix, The Cauldron; unverified) has no shares here.
 """
 
-from configs import common
+from configs import common, local
 from vlm_jax import config as c
 from vlm_jax.presets.connectors import Connector
 from vlm_jax.presets.decoders import decoder
@@ -16,6 +17,7 @@ from vlm_jax.presets.resizing import Resize
 WORDS = (("8b",),)
 
 
+@local.variant
 def get_config(variant: str = ""):
     """Training on large pictures.
 
@@ -32,9 +34,12 @@ def get_config(variant: str = ""):
         ),
         tokens=4096,
         rows=2048,
+        template="idefics3",
         images_per_row=17,
     )
-    config.train.update(steps=6000, lr=1e-4, warmup_steps=2000, weight_decay=0.1)
+    # smollm's vision/experiments/pretraining/vloom/tr_350_smolvlm_2B_2nd_stage/config.yaml
+    config.train.update(steps=6000, lr=1e-4, warmup_steps=100, weight_decay=0.1)
+    config.train.schedule = "linear"
     return config
 
 

@@ -4,9 +4,14 @@
 
 Variants: `7b` or `13b`; with `align` the first stage, which trains the projector alone; with `lora`
 the second by LoRA (scripts/v1_5/finetune_lora.sh).
+
+The authors' data (paper, table 7, read in a fact check of it): LCS-558K of LAION, CC and SBU with
+BLIP's captions; then mix665k: LLaVA 158K, ShareGPT 40K (text alone), VQAv2 83K, GQA 72K, OKVQA 9K,
+OCR-VQA 80K, A-OKVQA 66K, TextCaps 22K, RefCOCO 48K, Visual Genome 86K. Their batches are of like
+lengths and with or without pictures (`group_by_modality_length`); ours need no such order.
 """
 
-from configs import common
+from configs import common, local
 from vlm_jax import config as c
 from vlm_jax import schema
 from vlm_jax.presets.connectors import Connector
@@ -17,10 +22,12 @@ from vlm_jax.presets.resizing import Resize
 WORDS = (("7b", "13b"), ("", "align", "lora"))
 # `image_aspect_ratio` of the scripts: "pad" in the second stage, by default a crop in the first.
 PAD, CROP = Resize("pad"), Resize("crop")
-# scripts/v1_5: LCS-558K, then llava_v1_5_mix665k.
+# blip_laion_cc_sbu_558k.json of scripts/v1_5/pretrain.sh, llava_v1_5_mix665k.json of finetune.sh:
+# 2181 and 5198 steps.
 ALIGN, TUNE = 558_128, 665_298
 
 
+@local.variant
 def get_config(variant: str = ""):
     """The second stage, or the first.
 
@@ -36,9 +43,11 @@ def get_config(variant: str = ""):
             # The published folder pads Vicuna's 32,000 rows.
             decoder(f"llama2-{size}", vocab=32_064),
         ),
-        tokens=2048,
+        tokens=2048,  # --model_max_length
     )
     common.freeze(config, common.ENCODERS)
+    # scripts/v1_5/finetune.sh: 16 a GPU on eight; one epoch, no decay, a warm-up of 3 %, a cosine
+    # to 0; AdamW, its betas and the clipping at 1 are the Trainer's.
     common.epochs(config, rows=128, samples=TUNE, lr=2e-5)
     return {"": lambda config: config, "align": align, "lora": lora}[stage](config)
 
@@ -46,6 +55,8 @@ def get_config(variant: str = ""):
 def lora(config):
     """The second stage by LoRA: every linear layer of the decoder but the output matrix."""
     config.name += "-lora"
+    # scripts/v1_5/finetune_lora.sh; dropout and which layers: llava/train/train.py
+    # (lora_dropout, find_all_linear_names). Batch and schedule are the full tuning's.
     common.adapt(
         config,
         c.Rule(r"decoder/stack/.*", "lora", rank=128, alpha=256.0, dropout=0.05),
@@ -56,7 +67,11 @@ def lora(config):
 
 
 def align(config, rows: int = 256, samples: int = ALIGN, lr: float = 1e-3):
-    """The first stage of a config: captions without prompts, the connector alone."""
+    """The first stage of a config: captions without prompts, the connector alone.
+
+    Batch, rate and samples are of scripts/v1_5/pretrain.sh: 32 a GPU on eight; the rest is the
+    second stage's.
+    """
     config.name += "-align"
     common.captions(config)
     if len(config.model.extra_encoders) == 0:

@@ -2,9 +2,11 @@
 
 Variants: `vicuna-7b`, `vicuna-13b` or `mistral-7b`; with `align` the first stage, LLaVA-1.5's. A
 picture is its whole and up to four tiles of 336 px, their visual tokens put together line by line.
+The authors' data: LCS-558K, then 760K samples that were not published (LLaVA-1.5's, GPT-4V's
+answers and tasks on documents and charts; all of it unverified).
 """
 
-from configs import common, llava15
+from configs import common, llava15, local
 from vlm_jax import config as c
 from vlm_jax.presets.connectors import Connector
 from vlm_jax.presets.decoders import decoder
@@ -23,9 +25,16 @@ DECODERS = {
         "mistral-7b", vocab=32_064, window=0, pattern=("global",), rope_theta=1e6
     ),
 }
+# conversation.py
+TEMPLATES = {
+    "vicuna-7b": "vicuna_v1",
+    "vicuna-13b": "vicuna_v1",
+    "mistral-7b": "llava_mistral",
+}
 WORDS = (tuple(DECODERS), ("", "align"))
 
 
+@local.variant
 def get_config(variant: str = ""):
     """The second stage, or the first.
 
@@ -41,8 +50,17 @@ def get_config(variant: str = ""):
         connector=Connector("mlp", layers=2, newline="token"),
         decoder=DECODERS[size],
     )
+    config.data.template = TEMPLATES[size]
     config.data.update(tokens=4096, images_per_row=5)
     common.freeze(config, rules=(c.Rule(common.ENCODERS, lr=0.1), *c.FULL))
-    # The 760K samples of the second stage were not published; the encoder's 2e-6 is of the scripts.
+    # Batch, samples and 2e-5 with 2e-6 for the encoder (`mm_vision_tower_lr`) are unverified: the
+    # LLaVA-NeXT repository has scripts of later models (1e-5 or 2e-5, 1e-6 or 2e-6).
     common.epochs(config, rows=128, samples=760_000, lr=2e-5)
-    return llava15.align(config) if stage else config
+    return align(config) if stage else config
+
+
+def align(config):
+    """The first stage: LLaVA-1.5's, one view a picture."""
+    llava15.align(config)
+    config.data.update(tokens=2048, images_per_row=1)
+    return config

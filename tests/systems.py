@@ -7,6 +7,7 @@ import importlib
 import json
 import math
 import pathlib
+from collections.abc import Iterable
 from typing import Any
 
 from configs import common
@@ -15,7 +16,7 @@ from vlm_jax import schema
 from vlm_jax.models import params
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
-OURS = ("emoji", "siglip", "tiny", "vit_g")  # configs of no published system, without words
+OURS = ("emoji", "siglip", "tiny")  # configs of no published system, without words
 
 
 def systems() -> list[str]:
@@ -26,6 +27,30 @@ def systems() -> list[str]:
         if hasattr(_module(path.stem), "WORDS")
         for variant in common.variants(*_module(path.stem).WORDS)
     ]
+
+
+def local() -> list[str]:
+    """The same variants at sizes for a CPU."""
+    return [f"{name}-local".replace(":-", ":") for name in systems()]
+
+
+def structures(names: Iterable[str]) -> list[str]:
+    """One of those that differ in numbers alone, as to model and what of it trains."""
+    found: dict[str, str] = {}
+    for name in names:
+        made = config(name)
+        found.setdefault(repr((numberless(made.model), made.adaptation)), name)
+    return list(found.values())
+
+
+def numberless(value: Any) -> Any:
+    """A tree without what its numbers are, and how often the same comes again; 0 often stands for
+    a part that is not there."""
+    if dataclasses.is_dataclass(value):
+        return [numberless(getattr(value, f.name)) for f in dataclasses.fields(value)]
+    if isinstance(value, tuple):
+        return list(dict.fromkeys(repr(numberless(v)) for v in value))
+    return value > 0 if type(value) in (int, float) else value
 
 
 def _module(file: str):

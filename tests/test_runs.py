@@ -15,8 +15,8 @@ import pytest
 from vlm_jax.training import checkpoints
 
 ROOT = Path(__file__).parents[1]
-SMOKE = [
-    "--config=configs/vit_g.py:smoke",
+LOCAL = [
+    "--config=configs/vit_g.py:local",
     "--config.train.steps=24",
     "--config.eval.every=0",
     "--config.eval.final_examples=4",
@@ -78,7 +78,7 @@ def test_a_model_too_large_for_the_machine_exits_78_before_anything_is_made(tmp_
     assert code == 78
     assert time.monotonic() - began < 60
     assert re.search(r"needs [\d,]+ bytes .* per device and each of the 1 devices", output)
-    assert "--config=configs/vit_g.py:smoke" in output
+    assert "--config=configs/vit_g.py:local" in output
     assert not (tmp_path / "run").exists()
 
 
@@ -97,14 +97,14 @@ def test_a_text_only_baseline_shorter_than_the_warm_up_still_trains():
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("unbroken") / "run"
-    code, output = finish(*SMOKE, f"--workdir={workdir}")
+    code, output = finish(*LOCAL, f"--workdir={workdir}")
     assert code == 0, output
     return workdir
 
 
 @pytest.mark.slow
 def test_the_same_seed_gives_the_same_losses_at_every_step(unbroken, tmp_path):
-    code, output = finish(*SMOKE, f"--workdir={tmp_path}/again")
+    code, output = finish(*LOCAL, f"--workdir={tmp_path}/again")
     assert code == 0, output
     assert lines(tmp_path / "again") == lines(unbroken)
 
@@ -124,12 +124,12 @@ def test_a_run_killed_three_times_ends_bit_for_bit_like_the_unbroken_one(unbroke
     ]
     kills.insert(1, ("during a save", saving))
     for name, due in kills:
-        process = start(*SMOKE, f"--workdir={workdir}")
+        process = start(*LOCAL, f"--workdir={workdir}")
         while not due() and process.poll() is None:
             time.sleep(0.001)
         os.kill(process.pid, signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, f"{name}: the run ended before it was killed"
-    code, output = finish(*SMOKE, f"--workdir={workdir}")
+    code, output = finish(*LOCAL, f"--workdir={workdir}")
     assert code == 0, output
     assert lines(workdir) == lines(unbroken)
     theirs, ours = state(unbroken), state(workdir)

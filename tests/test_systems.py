@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import re
 
 import jax
 import pytest
@@ -17,26 +18,8 @@ from vlm_jax.training import adaptation, objectives, schedules
 
 GOLDEN = pathlib.Path(__file__).parent / "goldens" / "configs.json"
 SYSTEMS = systems.systems()
-# Systems of different structure.
-STRUCTURES = [
-    "bigger_encoders:b-7b",
-    "blip2:opt-2.7b",
-    "cambrian:8b",
-    "eagle:7b",
-    "idefics:9b",
-    "idefics2:64",
-    "instructblip:7b",
-    "llava:7b",
-    "llava_next:mistral-7b",
-    "minigpt_v2:",
-    "mplug_owl:",
-    "nanovlm:222m",
-    "openflamingo:9b",
-    "openflamingo:4b",
-    "paligemma2:3b-224",
-    "prismatic:dinosiglip-7b",
-    "smolvlm:256m",
-]
+# Systems that differ in more than numbers.
+STRUCTURES = systems.structures(SYSTEMS)
 
 # Encoder, connector, decoder and what is carried, counted in transformers' classes on the meta
 # device; test_systems_parity.py counts again.
@@ -139,6 +122,16 @@ def test_llava_lora_trains_two_matrices_beside_every_linear_layer_of_the_blocks(
     }
 
 
+def test_cambrians_aggregator_learns_at_a_tenth_in_the_first_stage():
+    """vision_sampler and vision_query of the authors' names (cambrian_trainer.py)."""
+    plan = adaptation.of(systems.config("cambrian:8b-align"))
+    slow = {path for path, rate in plan.lr.items() if rate == 0.1}
+    assert slow == {
+        path for path in plan.lr if re.match(r"samplers|connector/(sampler|query)", path)
+    }
+    assert {path.split("/")[1] for path in plan.lr.keys() - slow} == {"aux", "layers", "newline"}
+
+
 def batch_of(config):
     """One row as the pipeline makes it, abstract."""
     one = dataclasses.replace(config.data, rows=1, pool=2, threads=0)
@@ -150,7 +143,10 @@ def batch_of(config):
     return jax.tree.map(lambda x: ShapeDtypeStruct(x.shape, x.dtype), batch)
 
 
-@pytest.mark.parametrize("name", STRUCTURES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name not in STRUCTURES)) for name in SYSTEMS],
+)
 def test_the_loss_of_a_batch_fits_together_at_full_size(name):
     config = systems.config(name)
 

@@ -62,11 +62,12 @@ def folder(value: str) -> Path:
 
 
 def smaller_variant(flag: flags.FlagHolder) -> str:
-    """How to run the `smoke` variant of the config file of a `--config` flag; "" without one."""
+    """How to run the `local` variant of the config of a `--config` flag; "" without one."""
     path, _, variant = flags.FLAGS[flag.name].config_filename.partition(":")
+    words = "-".join(filter(None, [variant, "local"]))
     with contextlib.suppress(Exception):  # a file without variants may refuse the word as it likes
-        if not variant and runpy.run_path(path)["get_config"]("smoke"):
-            return f"--config={path}:smoke runs the same structure at tiny widths"
+        if runpy.run_path(path)["get_config"](words):
+            return f"--config={path}:{words} runs the same structure at tiny widths"
     return ""
 
 

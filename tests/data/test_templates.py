@@ -47,6 +47,13 @@ OWL = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 SMOL = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+CAMBRIAN = (
+    "You are Cambrian, a highly intelligent multimodal AI trained by NYU Vision X. \n    As a "
+    "multimodal AI, you have the ability to process and analyze images. Whenever an image is "
+    "present in the conversation, very carefully examine it and consider its content when "
+    "formulating your response.\n    You should give concise responses to very simple questions, "
+    "but provide thorough responses to more complex and open-ended questions. "
+)
 W = "<|global_image|>"
 F, G = "<fake_token_around_image>", "<fake_token_around_image><global-img>"
 
@@ -63,6 +70,16 @@ GOLDENS = {
         f"<s>{I}{I}«The first.\n»{I}«No.\n»",
         "",
     ),
+    "blip2": (
+        f"{I}<s>«A fox.\nIn snow.\n»",
+        f"{I}{I}{I}<s>«The first.\nNo.\n»",
+        "",
+    ),
+    "instructblip": (
+        f"{I}<s>What is it?«A fox.</s>»And where?«In snow.</s>»",
+        f"{I}{I}{I}<s>Which is red?«The first.</s>»Is  too?«No.</s>»",
+        "",
+    ),
     "clip": (
         f"<s>{I}«A fox.</s>In snow.</s>»",
         f"<s>{I}{I}«The first.</s>»{I}«No.</s>»",
@@ -76,6 +93,11 @@ GOLDENS = {
     "interleaved": (
         f"<s>{I}What is it?«A fox.»And where?«In snow.</s>»",
         f"<s>{I}{I}Which is red?«The first.»Is {I} too?«No.</s>»",
+        "",
+    ),
+    "idefics": (
+        f"<s>{F}{I}{F}What is it?«A fox.»And where?«In snow.</s>»",
+        f"<s>{F}{I}{F}{I}{F}Which is red?«The first.»Is {F}{I}{F} too?«No.</s>»",
         "",
     ),
     "vicuna_v0": (
@@ -117,6 +139,30 @@ GOLDENS = {
         f"<s>[INST] {I}\nIs  too? [/INST]« No. </s>»",
         f"<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\n{I}\nWhat is it? [/INST]« A fox. </s>»"
         "<s>[INST] And where? [/INST]« In snow. </s>»",
+    ),
+    "llava_mistral": (
+        f"<s>[INST] {I}\nWhat is it? [/INST]« A fox. </s>»"
+        "[INST] And where? [/INST]« In snow. </s>»",
+        f"<s>[INST] {I}\n{I}\nWhich is red? [/INST]« The first. </s>»"
+        f"[INST] {I}\nIs  too? [/INST]« No. </s>»",
+        "",
+    ),
+    "cambrian": (
+        f"<|begin_of_text|><|start_header_id|>system<|end_header_id|>{CAMBRIAN}<|eot_id|>"
+        f"<|start_header_id|>user<|end_header_id|>{I}\nWhat is it?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>«A fox.<|eot_id|>»"
+        "<|start_header_id|>user<|end_header_id|>And where?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>«In snow.<|eot_id|>»",
+        f"<|begin_of_text|><|start_header_id|>system<|end_header_id|>{CAMBRIAN}<|eot_id|>"
+        f"<|start_header_id|>user<|end_header_id|>{I}\n{I}\nWhich is red?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>«The first.<|eot_id|>»"
+        f"<|start_header_id|>user<|end_header_id|>{I}\nIs  too?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>«No.<|eot_id|>»",
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>Be brief.<|eot_id|>"
+        f"<|start_header_id|>user<|end_header_id|>{I}\nWhat is it?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>«A fox.<|eot_id|>»"
+        "<|start_header_id|>user<|end_header_id|>And where?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>«In snow.<|eot_id|>»",
     ),
     "llama_3": (
         f"<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n{I}What is it?<|eot_id|>"
@@ -226,6 +272,13 @@ GOLDENS = {
         f"User:{G}{I}{F}What is it?<end_of_utterance>\nAssistant:« A fox.<end_of_utterance>»\n"
         "User: And where?<end_of_utterance>\nAssistant:« In snow.<end_of_utterance>»\n",
     ),
+    "nanovlm_v0": (
+        f"{I}Question: What is it? Answer:«A fox.<|endoftext|>»"
+        "Question: And where? Answer:«In snow.<|endoftext|>»",
+        f"{I}{I}{I}Question: Which is red? Answer:«The first.<|endoftext|>»"
+        "Question: Is  too? Answer:«No.<|endoftext|>»",
+        "",
+    ),
     "nanovlm": (
         f"<|im_start|>user\n{W}{I}What is it?<|im_end|>\n"
         "<|im_start|>assistant\n«A fox.<|im_end|>»\n"
@@ -262,6 +315,8 @@ META = ("<|begin_of_text|>", "<|end_of_text|>")
 BPE = ("<|endoftext|>", "<|endoftext|>")
 ENDS = {
     "llama_3": META,
+    "cambrian": META,
+    "nanovlm_v0": BPE,
     "chatml": BPE,
     "smollm2": BPE,
     "gemma": GEMMA,
@@ -271,6 +326,7 @@ ENDS = {
     "paligemma": GEMMA,
     "flamingo": BPE,
 }
+ONE_TURN = ("blip2",)  # nothing stands between a caption and the next
 SYSTEM_TEXT = sorted(name for name, row in templates.TEMPLATES.items() if row.system is not None)
 
 
@@ -364,8 +420,9 @@ def test_what_is_too_long_is_refused_whole(name, folder, small, spoiled):
 @pytest.mark.parametrize("name", GOLDENS)
 def test_a_prompt_is_the_start_of_its_training_sequence(name, kind, folder):
     tok, row = tokenizer.load(str(kind(name, folder))), templates.template(name)
-    whole = chat.render(row, tok, MANY, 2)
-    prompt = chat.render(row, tok, MANY[:3], 2, reply=True)
+    asked = 1 if name in ONE_TURN else 3
+    whole = chat.render(row, tok, MANY[: asked + 1], 2)
+    prompt = chat.render(row, tok, MANY[:asked], 2, reply=True)
     size = len(prompt.tokens)
     np.testing.assert_array_equal(whole.tokens[:size], prompt.tokens)
     np.testing.assert_array_equal(whole.loss_weights[:size], prompt.loss_weights)

@@ -15,7 +15,7 @@ from vlm_jax.training import step as steps
 
 DECODER = dataclasses.replace(tiny.MODEL.decoder, dropout=0.0)
 MODEL = dataclasses.replace(tiny.MODEL, decoder=DECODER)
-FIELDS = {"bag_of_words": 0.5, "label_smoothing": 0.1}
+FIELDS = {"bag_of_words": 0.5, "label_smoothing": 0.1, "z_loss": 0.01}
 
 
 def uneven():

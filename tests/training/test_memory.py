@@ -54,10 +54,10 @@ def test_a_model_that_does_not_fit_is_refused_with_its_bytes(monkeypatch):
     config, plan, mesh, abstract = planned(tiny.config(LARGE))
     total = sum(memory.needed(config, plan, mesh, abstract).values())
     with pytest.raises(ConfigError) as refused:
-        memory.check(config, plan, mesh, abstract, hint="try --config=x.py:smoke")
+        memory.check(config, plan, mesh, abstract, hint="try --config=x.py:local")
     message = str(refused.value)
     assert f"needs {total:,} bytes" in message and f"has {16 * GIB:,} (16.0 GiB)" in message
-    for part in ("parameters", "gradients", "optimizer", "activations", "x.py:smoke"):
+    for part in ("parameters", "gradients", "optimizer", "activations", "x.py:local"):
         assert part in message
     assert refused.value.exit_code == 78
 

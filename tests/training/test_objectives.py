@@ -52,6 +52,28 @@ def test_next_token_loss_equals_a_loop_over_tokens(smoothing):
     np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
+def test_z_loss_is_a_loop_over_tokens_in_torch():
+    torch = pytest.importorskip("torch")
+    batch = tiny.batch(0)
+    batch.loss_weights[:, 6] *= 0.25
+    given = logits_for(batch).astype(np.float32)
+    theirs = torch.tensor(given, requires_grad=True)
+    total, square, weight = 0.0, 0.0, 0.0
+    for row, t in np.argwhere(np.asarray(batch.segments)[:, 1:] == batch.segments[:, :-1]):
+        w = float(batch.loss_weights[row, t + 1])
+        target = torch.tensor(int(batch.tokens[row, t + 1]))
+        total = total + w * torch.nn.functional.cross_entropy(theirs[row, t], target)
+        square = square + w * torch.logsumexp(theirs[row, t], 0) ** 2
+        weight += w
+    wanted = (total + 1e-2 * square) / weight
+    wanted.backward()
+    both = jax.value_and_grad(lambda x: objectives.next_token(x, batch, z_loss=1e-2), has_aux=True)
+    (loss, sums), gradient = both(jnp.asarray(given))
+    np.testing.assert_allclose(loss, wanted.item(), rtol=1e-5)
+    np.testing.assert_allclose(sums["z"], square.item(), rtol=1e-5)
+    np.testing.assert_allclose(gradient, theirs.grad, rtol=1e-4, atol=1e-7)
+
+
 def test_an_unsupervised_batch_has_loss_zero():
     batch = tiny.batch(0)
     batch = batch._replace(loss_weights=np.zeros_like(batch.loss_weights))

@@ -265,6 +265,13 @@ CASES = {
         vision_feature_layer=[-2, 0, 1],
     ),
     "blip_2": _blip(fused.blip_2(), lambda rng: {}),
+    "blip_2_retrieval": Case(
+        fused.blip_2_retrieval(),
+        fused.captioned,
+        transformers.Blip2ForImageTextRetrieval,
+        generates=False,
+        output="logits_per_image",
+    ),
     "minigpt4": _blip(fused.minigpt4(), lambda rng: {}),
     "instructblip": _blip(fused.instructblip(), fused.instructions),
     "idefics": _idefics(**fused.RESAMPLED),

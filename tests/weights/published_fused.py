@@ -68,6 +68,35 @@ def blip_2() -> transformers.PretrainedConfig:
     )
 
 
+def blip_2_retrieval(**fields) -> transformers.PretrainedConfig:
+    """BLIP-2's first stage: a Q-Former that reads texts, and what compares them with images."""
+    return transformers.Blip2Config(
+        vision_config={"hidden_size": 12, **_VISION, "num_hidden_layers": 1},
+        qformer_config=_QFORMER
+        | {
+            "vocab_size": INSTRUCTIONS,
+            "max_position_embeddings": 8,
+            "use_qformer_text_input": True,
+        },
+        text_config=_OPT,
+        num_query_tokens=QUERIES,
+        image_token_index=None,
+        image_text_hidden_size=7,
+        **fields,
+    )
+
+
+def captioned(rng: np.random.Generator) -> Arrays:
+    """Three pictures and as many texts of other lengths."""
+    tokens = rng.integers(1, INSTRUCTIONS, (3, 6))
+    mask = np.arange(6) < np.array([[6], [2], [4]])
+    return {
+        "pixel_values": rng.normal(size=(3, 3, 12, 12)).astype(np.float32),
+        "input_ids": np.where(mask, tokens, 0),
+        "attention_mask": mask.astype(np.int64),
+    }
+
+
 def minigpt4() -> transformers.PretrainedConfig:
     """MiniGPT-4, as its authors define it: BLIP-2's parts and one linear layer before a Llama."""
     return transformers.Blip2Config(

@@ -74,6 +74,9 @@ def check(config: Config) -> None:
     ):
         value = getattr(config.guard, name)
         _require(least <= value < math.inf, f"guard.{name}", value, f"at least {least}")
+    for name in ("z_loss", "neftune"):
+        value = getattr(config.train, name)
+        _require(0 <= value < math.inf, f"train.{name}", value, "at least 0")
     temperature = config.train.temperature
     _require(temperature > 0, "train.temperature", temperature, "more than 0")
     for i, rule in enumerate(config.adaptation):
@@ -94,7 +97,15 @@ def _check_pair(config: Config) -> None:
     _require(data.images_per_row == 1, "data.images_per_row", data.images_per_row, "1 of a pair")
     length = config.model.text.length
     _require(data.tokens == length, "data.tokens", data.tokens, f"the text tower's {length}")
-    for name in ("bag_of_words", "contrastive", "label_smoothing"):
+    unused = ["bag_of_words", "contrastive", "z_loss", "neftune"]
+    if config.model.matched:
+        heads = config.model.text
+        _require(heads.generates, "model.text.generates", False, "True in training")
+        _require(heads.temperature > 0, "model.text.temperature", 0, "more than 0 in training")
+        _require(train.pairs == "softmax", "train.pairs", train.pairs, "softmax of a Q-Former")
+    else:
+        unused.append("label_smoothing")
+    for name in unused:
         _require(not getattr(train, name), f"train.{name}", getattr(train, name), "0 of pairs")
     steps = config.eval.text_only_steps
     _require(not steps, "eval.text_only_steps", steps, "0 of pairs")
@@ -228,7 +239,8 @@ def check_model(model: Model, longest: int = 0) -> None:
         _check_preset(encoder.resize, f"{path}.resize", encoder.resize.problems(encoder))
     if model.connector is not None:
         _require(model.encoder is not None, "model.encoder", None, "what the connector looks at")
-        _require(model.decoder is not None, "model.decoder", None, "what the connector speaks to")
+        spoken = model.decoder is not None or model.matched
+        _require(spoken, "model.decoder", None, "what the connector speaks to")
         problems = model.connector.problems(model.visual_width, model.encoders)
         _check_preset(model.connector, "model.connector", problems)
         width = model.visual_width
@@ -244,8 +256,10 @@ def check_model(model: Model, longest: int = 0) -> None:
         _check_samplers(model)
     if model.text is not None:
         _require(model.encoder is not None, "model.encoder", None, "what texts are compared with")
-        problems = model.text.problems(model.encoder.features)
-        _check_preset(model.text, "model.text", problems)
+        compared = model.connector if model.matched else model.encoder.features
+        _check_preset(model.text, "model.text", model.text.problems(compared))
+        alone = not model.matched or model.decoder is None
+        _require(alone, "model.decoder", model.decoder, "None beside heads of the first stage")
 
 
 def _check_samplers(model: Model) -> None:

@@ -11,6 +11,7 @@ from vlm_jax.presets.decoders import Decoder
 from vlm_jax.presets.encoders import Encoder
 from vlm_jax.presets.fusion import CrossAttention
 from vlm_jax.presets.mapping import Mapping as MappingNetwork
+from vlm_jax.presets.matching import Matching
 from vlm_jax.presets.qformer import QFormer
 from vlm_jax.presets.sam import Sam
 from vlm_jax.presets.sva import Samplers, Sva
@@ -31,7 +32,8 @@ class Model:
       fusion: gated cross-attention between the decoder's layers; None = visual tokens stand in the
         sequence and nothing else (autoregressive).
       samplers: blocks by which visual tokens go on looking at images between the decoder's layers.
-      text: what embeds texts beside the encoder's images (CLIP, SigLIP).
+      text: what embeds texts beside the encoder's images (CLIP, SigLIP); or what compares the
+        queries of a Q-Former with texts that it reads (BLIP-2's first stage).
     """
 
     encoder: Encoder | ConvNet | Sam | None = None
@@ -40,7 +42,7 @@ class Model:
     extra_encoders: tuple[Encoder | ConvNet | Sam, ...] = ()
     fusion: CrossAttention | None = None
     samplers: Samplers | None = None
-    text: TextTower | None = None
+    text: TextTower | Matching | None = None
 
     @property
     def encoders(self) -> tuple[Encoder | ConvNet | Sam, ...]:
@@ -50,7 +52,13 @@ class Model:
     @property
     def instructed(self) -> bool:
         """Whether the connector reads what is asked about an image (InstructBLIP)."""
-        return isinstance(self.connector, QFormer) and self.connector.vocab > 0
+        reads = isinstance(self.connector, QFormer) and self.connector.vocab > 0
+        return reads and not self.matched
+
+    @property
+    def matched(self) -> bool:
+        """Whether a Q-Former's queries are compared with texts, and no decoder follows it."""
+        return isinstance(self.text, Matching)
 
     @property
     def pair(self) -> bool:
@@ -60,16 +68,21 @@ class Model:
     @property
     def tokens(self) -> int:
         """Ids that what reads texts has embeddings for."""
-        return self.text.vocab if self.decoder is None else self.decoder.tokens
+        if self.decoder is not None:
+            return self.decoder.tokens
+        return self.connector.vocab if self.matched else self.text.vocab
 
     @property
     def visual_tokens(self) -> int:
-        """Visual tokens per image, Q; none where no connector makes them."""
-        return 0 if self.connector is None else self.connector.visual_tokens(self.encoders)
+        """Visual tokens per image, Q; none where no decoder reads them."""
+        there = self.connector is not None and not self.pair
+        return self.connector.visual_tokens(self.encoders) if there else 0
 
     @property
     def visual_width(self) -> int:
-        """Width of visual tokens, the decoder's unless cross-attention takes another."""
+        """Width of visual tokens, the decoder's unless cross-attention takes another; or 0."""
+        if self.decoder is None:
+            return 0
         return (0 if self.fusion is None else self.fusion.width) or self.decoder.width
 
     @property
@@ -253,6 +266,9 @@ class Train:
         memory of one; the gradient is that of the whole batch.
       clip: largest global norm of the gradient; 0 = no clipping.
       label_smoothing: share of the target spread over the vocabulary.
+      z_loss: weight of the squared log of the softmax's normaliser (PaLM: 1e-4).
+      neftune: alpha of the uniform noise on embeddings of tokens while the model trains, at most
+        alpha / sqrt(document's length * width) (NEFTune); 0 = none.
       bag_of_words: weight of the auxiliary loss by which an image's mean visual token names the
         words of that image's text.
       contrastive: weight of the auxiliary loss that draws together the mean visual tokens of
@@ -282,6 +298,8 @@ class Train:
     accumulate: int = 1
     clip: float = 1.0
     label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    neftune: float = 0.0
     bag_of_words: float = 0.0
     contrastive: float = 0.0
     temperature: float = 0.1

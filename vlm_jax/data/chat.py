@@ -185,7 +185,7 @@ def _said(
     if template.strip:
         parts = _stripped(parts)
     if not (learned or template.user_text):
-        parts = pictures
+        parts = [part for part in parts if isinstance(part, ImageRef)]
     yield from _framed(template, tokenizer, parts, learned)
 
 

@@ -81,6 +81,8 @@ VICUNA_V0 = Template(
     images="turn",
 )
 
+INTERLEAVED = Template(apart=True, eos=False, last_eos=True)
+
 LLAMA_2 = Template(
     bos_again=True,
     system=("<<SYS>>\n", "\n<</SYS>>\n\n"),
@@ -88,6 +90,16 @@ LLAMA_2 = Template(
     user=("[INST] ", " [/INST]"),
     answer=(" ", " "),
     strip=True,
+)
+
+LLAMA_3 = Template(
+    system=("<|start_header_id|>system<|end_header_id|>\n\n", "<|eot_id|>"),
+    user=("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"),
+    assistant="<|start_header_id|>assistant<|end_header_id|>\n\n",
+    answer=("", "<|eot_id|>"),
+    eos=False,
+    strip=True,
+    specials=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
 )
 
 CHATML = Template(
@@ -142,13 +154,25 @@ TEMPLATES = {
     ),
     # LLaVA's first stage (train.py, preprocess_plain): image, caption, end of line; no prompt.
     "plain": Template(answer=("", "\n"), eos=False, user_text=False),
+    # BLIP-2's second stage (blip2_opt.py of LAVIS): queries, the beginning of sequence, which is
+    # learned there too, caption, end of line.
+    "blip2": Template(answer=("", "\n"), eos=False, user_text=False, images="front"),
+    # InstructBLIP (blip2_vicuna_instruct.py of LAVIS): queries, what is asked, the answer apart.
+    "instructblip": Template(apart=True, images="front"),
     # What text towers read beside an image: the caption and its end (open_clip/tokenizer.py;
     # big_vision's siglip configs, `tokenize(..., eos="sticky")`).
     "clip": Template(user_text=False),
     "siglip": Template(bos=False, user_text=False),
     # Web pages as base models read them (`interleaved.py`): texts and images, nothing between them,
     # and the end of a page is learned.
-    "interleaved": Template(apart=True, eos=False, last_eos=True),
+    "interleaved": INTERLEAVED,
+    # The same with Idefics's frames (processing_idefics.py; Idefics2's pre-training has them too).
+    "idefics": dataclasses.replace(
+        INTERLEAVED,
+        image=IDEFICS_2.image,
+        image_shared=True,
+        specials=("<fake_token_around_image>",),
+    ),
     # Vicuna v0 as it is prompted (LLaVA's conversation.py, conv_vicuna_v0, SeparatorStyle.SINGLE).
     "vicuna_v0": VICUNA_V0,
     # LLaVA-1.0 as it was trained (train.py, _add_speaker_and_signal, _mask_targets), which is not
@@ -188,15 +212,35 @@ TEMPLATES = {
         images="turn",
         strip=False,
     ),
+    # LLaVA-NeXT over Mistral-7B-Instruct (conversation.py, conv_mistral_instruct): one beginning of
+    # sequence, no system text.
+    "llava_mistral": dataclasses.replace(
+        LLAMA_2,
+        bos_again=False,
+        system=None,
+        image=("", "\n"),
+        images="turn",
+        strip=False,
+    ),
     # The chat_template of Meta-Llama-3-Instruct.
-    "llama_3": Template(
-        system=("<|start_header_id|>system<|end_header_id|>\n\n", "<|eot_id|>"),
-        user=("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"),
-        assistant="<|start_header_id|>assistant<|end_header_id|>\n\n",
-        answer=("", "<|eot_id|>"),
-        eos=False,
-        strip=True,
-        specials=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "llama_3": LLAMA_3,
+    # Cambrian-1 over it (conversation.py, conv_llama_3): no lines behind the roles.
+    "cambrian": dataclasses.replace(
+        LLAMA_3,
+        system=("<|start_header_id|>system<|end_header_id|>", "<|eot_id|>"),
+        system_text=(
+            "You are Cambrian, a highly intelligent multimodal AI trained by NYU Vision X. \n"
+            "    As a multimodal AI, you have the ability to process and analyze images. Whenever "
+            "an image is present in the conversation, very carefully examine it and consider its "
+            "content when formulating your response.\n"
+            "    You should give concise responses to very simple questions, but provide thorough "
+            "responses to more complex and open-ended questions. "
+        ),
+        user=("<|start_header_id|>user<|end_header_id|>", "<|eot_id|>"),
+        assistant="<|start_header_id|>assistant<|end_header_id|>",
+        image=("", "\n"),
+        images="turn",
+        strip=False,
     ),
     # The chat_template of Mistral-7B-Instruct-v0.2 and Mixtral as they came out; it knows no system
     # text. Apart, the answer starts with a word, as mistral-common encodes it.
@@ -252,6 +296,14 @@ TEMPLATES = {
         bos=False,
         start="<|im_start|>",
         specials=(*IDEFICS_3.specials, "<|im_start|>"),
+    ),
+    # nanoVLM v0.1 (data/datasets.py, data/collators.py), which reads only a sample's first turn.
+    "nanovlm_v0": Template(
+        bos=False,
+        user=("Question: ", " "),
+        assistant="Answer:",
+        apart=True,
+        images="front",
     ),
     # nanoVLM since its pictures are cut into tiles (models/config.py, data/processors.py). The line
     # behind an answer's end is learned there too.

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import tokenizers
 
 from vlm_jax.config import Config
+from vlm_jax.data import templates
 from vlm_jax.errors import ConfigError
 
 EMBEDDED = pathlib.Path(__file__).parent / "embedded" / "tokenizer.json"
@@ -122,11 +123,12 @@ class Tokenizer:
 
 
 @functools.cache
-def load(name: str) -> Tokenizer:
+def load(name: str, marks: tuple[str, ...] = ()) -> Tokenizer:
     """A tokenizer by name.
 
     Args:
       name: "embedded", or the path of a Hugging Face tokenizer.json or of the folder it is in.
+      marks: special tokens that it gets behind its own, as far as it lacks them.
 
     Raises:
       ConfigError: no such file, not a tokenizer, or it lacks a special token.
@@ -145,17 +147,21 @@ def load(name: str) -> Tokenizer:
         backend = tokenizers.Tokenizer.from_buffer(data)
     except Exception as error:  # the library raises bare Exceptions
         raise ConfigError(f"config.data.tokenizer is {name!r}, not a tokenizer: {error}") from error
-    return _wrap(backend, name, hashlib.sha256(data).hexdigest()[:16])
+    missing = [mark for mark in marks if backend.token_to_id(mark) is None]
+    backend.add_special_tokens(missing)
+    return _wrap(backend, name, hashlib.sha256(data + "".join(missing).encode()).hexdigest()[:16])
 
 
 def for_config(config: Config) -> Tokenizer:
-    """The config's tokenizer.
+    """The config's tokenizer; the embedded one has the chat template's special tokens too.
 
     Raises:
       ConfigError: it has more ids than the decoder or text tower has embeddings, or cannot be
         read; or the one that the connector needs.
     """
-    tokenizer = load(config.data.tokenizer)
+    name = config.data.tokenizer
+    embedded = name == "embedded"
+    tokenizer = load(name, templates.template(config.data.template).specials if embedded else ())
     if tokenizer.size > config.model.tokens:
         reader = "text" if config.model.pair else "decoder"
         raise ConfigError(

@@ -59,8 +59,9 @@ class Retriever:
         first = {answer: i for i, answer in reversed(list(enumerate(references)))}
         answers = sorted(first)
         images, texts, there = self._embedded(examples)
-        scale, bias = (np.float32(x) for x in _scale_and_bias(self.config.model, self.params))
-        return answers, scale * images @ texts[[first[a] for a in answers]].T + bias, there
+        texts = texts[[first[a] for a in answers]]
+        logits = _similarity(self.config.model)(self.params, images, texts)
+        return answers, devices.fetch(logits), there
 
     def _embedded(self, examples: Sequence[Example]):
         embed = _compiled(self.config.model)
@@ -81,10 +82,11 @@ def _compiled(model: configs.Model):
 
     def embed(params: Mapping[str, Array], batch: Batch):
         vlm = parameters.build(model, params)
-        return vlm.embeddings(batch.images, batch.tokens, jnp.ones(batch.tokens.shape, bool))
+        return vlm.embeddings(batch.images, batch.tokens, vlm.text.there(batch.segments))
 
     return jax.jit(embed)
 
 
-def _scale_and_bias(model: configs.Model, params: Mapping[str, Array]):
-    return parameters.build(model, params).text.scale_and_bias()
+@functools.cache
+def _similarity(model: configs.Model):
+    return jax.jit(lambda params, *sides: parameters.build(model, params).text.similarity(*sides))

@@ -132,8 +132,13 @@ class LanguageModel(nnx.Module):
         self.project_out = Linear(*sizes, bias=False, rngs=rngs) if between else None
         self.cross = None if fusion is None else Cross(fusion, decoder, rngs)
 
-    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Rows of the embedding table, scaled or projected as the preset says."""
+    def embed(
+        self, tokens: Int[Array, "B T"], noise: Float[Array, "B T E"] | None = None
+    ) -> Float[Array, "B T D"]:
+        """Rows of the embedding table, scaled or projected as the preset says.
+
+        `noise` is added to the scaled rows, in the table's width E (see `models.noise`).
+        """
         # Cast after the gather, so that the gradients of a frequent token add up in float32.
         if self.added_embedding is None:
             x = self.embedding[...][tokens]
@@ -145,6 +150,7 @@ class LanguageModel(nnx.Module):
         x = x.astype(self.decoder.dtype)
         if self.decoder.embed_root:  # rounded to the dtype computed in, as Gemma's authors do
             x = x * jnp.asarray(math.sqrt(self.decoder.width), x.dtype)
+        x = x if noise is None else x + noise.astype(x.dtype)
         x = x if self.project_in is None else self.project_in(x)
         return constrain(x, "batch", None, None)
 

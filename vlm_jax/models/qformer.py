@@ -101,7 +101,8 @@ class QFormer(nnx.Module):
         make = lambda rngs: Period(preset, features, rngs)  # noqa: E731
         periods = preset.depth // preset.every
         self.stack = Stack(make, periods, remat=preset.remat, rngs=rngs)
-        self.project = Linear((preset.width,), (width,), bias=True, rngs=rngs)
+        # Without a width, what the queries say is read by other heads (BLIP-2's first stage).
+        self.project = Linear((preset.width,), (width,), bias=True, rngs=rngs) if width else None
 
     def __call__(
         self,
@@ -109,29 +110,53 @@ class QFormer(nnx.Module):
         texts: Int[Array, "n S"] | None = None,
         key: Array | None = None,
     ) -> Float[Array, "n Q D"]:
-        preset = self.preset
-        keys = (None,) * 3 if key is None else jax.random.split(key, 3)
-        features = seen[0]._replace(x=seen[0].x.astype(preset.dtype))
-        x, visible = self._embedded(len(features.x), texts)
+        if texts is None or self.embedding is None:
+            x = self.states(seen[0], (), None, key)
+        else:
+            x = self.states(seen[0], (texts,), self.whole(texts > 0), key)
+        last = None if key is None else jax.random.split(key, 3)[2]
+        return drop(self.project(x[:, : self.preset.queries]), self.preset.dropout, last)
+
+    def whole(self, there: Bool[Array, "n S"]) -> Bool[Array, "n 1 1 Q+S"]:
+        """The mask by which queries and a text all see each other, but for padding."""
+        queries = ((0, 0), (self.preset.queries, 0))
+        return jnp.pad(there, queries, constant_values=True)[:, None, None]
+
+    def states(
+        self,
+        seen: Features,
+        texts: tuple[Int[Array, "n _S"], ...],
+        visible: Bool[Array, "n 1 #Q+S Q+S"] | None,
+        key: Array | None = None,
+    ) -> Float[Array, "n Q+S W"]:
+        """What queries and texts end as.
+
+        Args:
+          seen: what the encoder saw, of as many images as there are texts.
+          texts: which stand one behind the other, each with positions from 0 on.
+          visible: who sees whom among queries and texts, S being the length of all texts.
+          key: dropout's; None = evaluation.
+
+        Raises:
+          ValueError: a text is longer than the table of positions.
+        """
+        preset, queries = self.preset, self.queries[...]
+        keys = (None, None) if key is None else jax.random.split(key, 3)[:2]
+        features = seen._replace(x=seen.x.astype(preset.dtype))
+        queries = jnp.broadcast_to(queries, (len(features.x), *queries.shape))
+        x = jnp.concatenate([queries, *map(self._embedded, texts)], axis=1)
         x = drop(self.norm(x.astype(preset.dtype)), preset.dropout, keys[0])
 
         def apply(period, x, _, key):
             return period(x, features, visible, key), None
 
-        x, _ = self.stack(apply, x, key=keys[1])
-        return drop(self.project(x[:, : preset.queries]), preset.dropout, keys[2])
+        return self.stack(apply, x, key=keys[1])[0]
 
-    def _embedded(self, images: int, texts: Int[Array, "n S"] | None):
-        """Queries and embedded texts behind them, and which of them may be looked at."""
-        queries = self.queries[...]
-        x = jnp.broadcast_to(queries, (images, *queries.shape))
-        if texts is None or self.embedding is None:
-            return x, None
+    def _embedded(self, texts: Int[Array, "n S"]) -> Float[Array, "n S W"]:
         if texts.shape[1] > self.preset.positions:
             raise ValueError(
                 f"texts of images have {texts.shape[1]} tokens; the Q-Former has "
                 f"{self.preset.positions} positions"
             )
         embedded = self.embedding[...][texts] + self.positions[...][: texts.shape[1]]
-        visible = jnp.pad(texts > 0, ((0, 0), (len(queries), 0)), constant_values=True)
-        return jnp.concatenate([x, embedded], axis=1), visible[:, None, None]
+        return constrain(embedded, "batch", None, None)

@@ -57,6 +57,10 @@ class Text(nnx.Module):
         x = self.norm(jnp.take_along_axis(x, self._pooled(tokens)[:, None, None], axis=1)[:, 0])
         return unit(self.project(x, jnp.float32))
 
+    def there(self, segments: Int[Array, "m T"]) -> Bool[Array, "m T"]:
+        """Which positions of texts are read: padding too, as by the published towers."""
+        return jnp.ones(segments.shape, bool)
+
     def _pooled(self, tokens: Int[Array, "m T"]) -> Int[Array, " m"]:
         """At which position a text's hidden state is taken."""
         if self.text.pool == "last":

@@ -6,11 +6,13 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.batch import Batch, Images
+from vlm_jax.models import noise as noises
 from vlm_jax.models.connectors import CONNECTORS
 from vlm_jax.models.convnet import ConvNetEncoder
 from vlm_jax.models.decoder import Cache, LanguageModel
 from vlm_jax.models.hooks import Hook
 from vlm_jax.models.layers import Features
+from vlm_jax.models.matching import Matching
 from vlm_jax.models.sam import SamEncoder
 from vlm_jax.models.sva import Samplers, Visual
 from vlm_jax.models.text import Text
@@ -28,7 +30,8 @@ ENCODERS = {
 class VLM(nnx.Module):
     """Encoders, a connector and a decoder that reads or looks at visual tokens; any may be absent.
 
-    Or an encoder and a text tower, whose embeddings are compared.
+    Or an encoder and a text tower, whose embeddings are compared; or an encoder and a Q-Former,
+    whose queries are compared with texts that it reads.
 
     Args:
       model: a `config.Model`.
@@ -46,8 +49,7 @@ class VLM(nnx.Module):
         between = model.samplers
         make = lambda: Samplers(between, model.connector, decoder, rngs)  # noqa: E731
         self.samplers = None if between is None else make()
-        text = model.text
-        self.text = None if text is None else Text(text, model.encoder.features[1], rngs)
+        self.text = None if model.text is None else _text(model, rngs)
 
     def features(
         self, images: tuple[Images, ...], dropout: Array | None = None
@@ -102,20 +104,33 @@ class VLM(nnx.Module):
         tokens: Int[Array, "m T"],
         there: Bool[Array, "m T"],
         dropout: Array | None = None,
-    ) -> tuple[Float[Array, "n E"], Float[Array, "m E"]]:
-        """Images and texts as vectors of length 1; `there` is False for padding."""
+    ) -> tuple[Float[Array, "n E"] | Float[Array, "n Q E"], Float[Array, "m E"]]:
+        """Images and texts as vectors of length 1; `there` is False for padding.
+
+        A Q-Former gives as many of an image as it has queries.
+        """
         keys = (None, None) if dropout is None else jax.random.split(dropout)
-        seen = self.text.images(self.encoder(images, keys[0]))
-        return seen, self.text(tokens, there, keys[1])
+        seen = self.encoder(images, keys[0])
+        if isinstance(self.text, Matching):
+            texts = self.text.texts(self.connector, tokens, there, seen.x.shape[-1], keys[1])
+            return self.text.images(self.connector, seen, keys[1]), texts
+        return self.text.images(seen), self.text(tokens, there, keys[1])
 
     def hidden(
         self,
         batch: Batch,
         visual: Float[Array, "B N Q D"] | Visual | None,
         dropout: Array | None = None,
+        neftune: float = 0.0,
     ) -> Float[Array, "B T D"]:
-        """Hidden states of the decoder; `visual` is None where no token stands for an image."""
-        x = self.fuse(batch, visual)
+        """Hidden states of the decoder; `visual` is None where no token stands for an image.
+
+        With dropout's key, embeddings of tokens get NEFTune's noise of that alpha.
+        """
+        noise = None
+        if dropout is not None and neftune:
+            noise = noises.drawn(batch.segments, self.decoder.decoder.embedded, neftune, dropout)
+        x = self.fuse(batch, visual, noise)
         hook = self.hook(batch.image_index, visual, visual_index=batch.visual_index)
         masks = {"mask": attention_mask(batch), "together": block_mask(batch)}
         x, _ = self.decoder(x, batch.positions, **masks, key=dropout, hook=hook)
@@ -151,10 +166,13 @@ class VLM(nnx.Module):
         return cache._replace(seen=self.decoder.cross.project(visual))
 
     def fuse(
-        self, batch: Batch, visual: Float[Array, "B N Q D"] | Visual | None
+        self,
+        batch: Batch,
+        visual: Float[Array, "B N Q D"] | Visual | None,
+        noise: Float[Array, "B T E"] | None = None,
     ) -> Float[Array, "B T D"]:
         """The sequence the decoder reads: embeddings, and visual tokens where they stand."""
-        x = self.decoder.embed(batch.tokens)
+        x = self.decoder.embed(batch.tokens, noise)
         if visual is None or not self.visual_in_sequence:
             return x
         visual = tokens_of(visual)
@@ -185,6 +203,12 @@ def _features(encoder: nnx.Module, images: Images, key: Array | None) -> Feature
 def _connector(model, rngs: nnx.Rngs) -> nnx.Module:
     make = CONNECTORS[model.connector.kind]
     return make(model.connector, model.encoders, model.visual_width, rngs)
+
+
+def _text(model, rngs: nnx.Rngs) -> nnx.Module:
+    if model.matched:
+        return Matching(model.text, model.connector, rngs)
+    return Text(model.text, model.encoder.features[1], rngs)
 
 
 def tokens_of(visual: Float[Array, "B N Q D"] | Visual) -> Float[Array, "B N Q D"]:

@@ -133,9 +133,9 @@ def _activations(config: Config, plan: Plan, mesh: Mapping[str, int]) -> float:
         own = any(path.startswith(f"{tower.name}/") for path in plan.lr)
         total += tower.activations(own or (below and not tower.lowest))
         below = below or own
-    if config.model.pair:  # compared block by block, see `pairs.py`
+    if config.model.pair and not config.model.matched:  # compared block by block, see `pairs.py`
         return total
-    vocab = config.model.decoder.tokens / mesh["tensor"]
+    vocab = config.model.tokens / mesh["tensor"]
     logits_and_gradient = 2 * rows * config.data.tokens * vocab * FLOAT32
     return total + logits_and_gradient
 
@@ -159,6 +159,15 @@ def _towers(config: Config, rows: int, tensor: int) -> Iterator[Tower]:
                 sequences, runs = rows, encoder.packed_runs(data.images_per_row, shared)
             for run in runs:
                 yield tower(name, sequences, Work(*run, encoder.remat), encoder.dtype, lowest=True)
+    if model.matched:
+        # One pass over queries and the text as it is and as it is told, one of three times as many
+        # pairs that are matched.
+        work = model.connector.work(model.encoders, 0)
+        for count, texts in ((1, 2), (3, 1)):
+            read = texts * model.text.length
+            pass_ = work._replace(length=work.length + read, context=work.context + read)
+            yield tower("connector", count * rows, pass_, model.connector.dtype)
+        return
     if model.pair:
         text = model.text
         sizes = (text.length, text.length, text.width, text.mlp, text.heads, text.depth)

@@ -19,6 +19,9 @@ FILE = "metrics.jsonl"
 QUARANTINE = "quarantine.jsonl"
 SKIPPED = "skipped.jsonl"
 
+# Losses that are means of their own, and what they are means over.
+COUNTED = {"words": "images", "contrastive": "images", "matching": "pairs", "told": "tokens"}
+
 Row = dict[str, Any]
 
 
@@ -26,7 +29,8 @@ def row(step: int, sums: Mapping[str, Any], info: Info) -> Row:
     """A step's line, from the sums of `objectives.losses` on the host.
 
     `loss` is nats per supervised token; `objective` is what was minimised (with label smoothing and
-    the auxiliary losses). A skipped step says why, and lacks what is no number.
+    the auxiliary losses); `z`, with z-loss, the mean squared log of the normaliser. A skipped step
+    says why, and lacks what is no number.
     """
     weight = max(float(sums["weight"]), 1.0)
     line = {
@@ -43,10 +47,15 @@ def row(step: int, sums: Mapping[str, Any], info: Info) -> Row:
     }
     if "patches" in sums:
         line["patch_padding"] = 1.0 - int(sums["patches"]) / int(sums["patch_room"])
-    for name in ("words", "contrastive"):
+    if "z" in sums:
+        line["z"] = float(sums["z"]) / weight
+    for name, counted in COUNTED.items():
         if f"{name}_nll" in sums:
-            images = max(int(sums[f"{name}_images"]), 1)
-            line[f"{name}_loss"] = float(sums[f"{name}_nll"]) / images
+            count = max(float(sums[f"{name}_{counted}"]), 1.0)
+            line[f"{name}_loss"] = float(sums[f"{name}_nll"]) / count
+    if "matching_correct" in sums:
+        pairs = max(float(sums["matching_pairs"]), 1.0)
+        line["matching_accuracy"] = float(sums["matching_correct"]) / pairs
     if verdict := int(sums.get("verdict", guard.GOOD)):
         line = {k: v for k, v in line.items() if math.isfinite(v)}
         line["skipped"] = guard.REASONS[verdict]

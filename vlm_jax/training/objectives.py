@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.batch import Batch
-from vlm_jax.config import Config
+from vlm_jax.config import Config, Train
+from vlm_jax.models.matching import Matching
 from vlm_jax.models.vlm import VLM, target_weights, tokens_of
-from vlm_jax.training import pairs
+from vlm_jax.training import matching, pairs
 
 Sums = dict[str, Array]
 
@@ -35,11 +36,11 @@ def losses(
     """The scalar to minimise over a global batch, and its metrics as sums.
 
     The loss is the sum over the supervised tokens of the whole batch divided by their weight, so it
-    does not depend on how rows are spread over devices; of a model of pairs it is `belonging`.
+    does not depend on how rows are spread over devices; of a model of pairs it is `paired`.
     Metrics: `nll` (without smoothing), `weight` and `correct` over supervised tokens; `tokens`
     (real ones), `positions` (with padding) and `images`; `patches` (real ones) and `patch_room`
-    where images share a row's; with the auxiliary losses `words_nll` over `words_images` and
-    `contrastive_nll` over `contrastive_images`.
+    where images share a row's; `z` with z-loss; with the auxiliary losses `words_nll` over
+    `words_images` and `contrastive_nll` over `contrastive_images`.
 
     Args:
       vlm: the model over its parameters.
@@ -50,7 +51,7 @@ def losses(
         the contrastive one, which compares all images, cannot be had in parts.
     """
     if config.model.pair:
-        return belonging(vlm, batch, config.train.pairs, dropout)
+        return paired(vlm, batch, config.train, dropout)
     whole = whole or {}
     keys = (None, None) if dropout is None else jax.random.split(dropout)
     # Without images no row looks at a visual token: the encoder need not run at all.
@@ -60,8 +61,10 @@ def losses(
         # The images' own texts are answers: only what is asked may be read.
         texts = batch.image_texts if config.model.instructed else None
         visual = vlm.visual(seen, keys[0], texts)
-    logits = vlm.unembed(vlm.hidden(batch, visual, keys[1]))
-    loss, sums = next_token(logits, batch, config.train.label_smoothing, whole.get("weight"))
+    train = config.train
+    logits = vlm.unembed(vlm.hidden(batch, visual, keys[1], train.neftune))
+    parts = train.label_smoothing, whole.get("weight"), train.z_loss
+    loss, sums = next_token(logits, batch, *parts)
     sums |= {
         "tokens": jnp.sum(batch.segments > 0),
         "positions": jnp.asarray(batch.segments.size),
@@ -80,6 +83,22 @@ def losses(
     return loss, sums
 
 
+def paired(
+    vlm: VLM, batch: Batch, train: Train, dropout: Array | None = None
+) -> tuple[Float[Array, ""], Sums]:
+    """Whether images and texts belong together: `belonging`, or a Q-Former's `matching.losses`."""
+    if isinstance(vlm.text, Matching):
+        loss, sums = matching.losses(vlm, batch, train.label_smoothing, next_token, dropout)
+    else:
+        loss, sums = belonging(vlm, batch, train.pairs, dropout)
+    sums |= {
+        "tokens": jnp.sum(batch.segments > 0),
+        "positions": jnp.asarray(batch.segments.size),
+        "images": jnp.sum(batch.images.grids[..., 0] > 0),
+    }
+    return loss, sums
+
+
 def belonging(
     vlm: VLM, batch: Batch, kind: str, dropout: Array | None = None
 ) -> tuple[Float[Array, ""], Sums]:
@@ -94,9 +113,8 @@ def belonging(
       kind: a row of `pairs.LOSSES`.
       dropout: PRNG key; None = evaluation.
     """
-    # Padding is read as text is: so were the published towers trained.
-    whole = jnp.ones(batch.tokens.shape, bool)
-    images, texts = vlm.embeddings(batch.images, batch.tokens, whole, dropout)
+    read = vlm.text.there(batch.segments)
+    images, texts = vlm.embeddings(batch.images, batch.tokens, read, dropout)
     there = (batch.images.grids[:, 0, 0] > 0) & jnp.any(batch.loss_weights > 0, axis=1)
     loss = pairs.spread(pairs.LOSSES[kind])(images, texts, there, *vlm.text.scale_and_bias())
     count = jnp.sum(there).astype(jnp.float32)
@@ -104,9 +122,6 @@ def belonging(
         "nll": loss * count,
         "weight": count,
         "correct": pairs.spread(pairs.hits, scalars=0)(images, texts, there),
-        "tokens": jnp.sum(batch.segments > 0),
-        "positions": jnp.asarray(batch.segments.size),
-        "images": jnp.sum(batch.images.grids[..., 0] > 0),
     }
     return loss, sums
 
@@ -116,10 +131,12 @@ def next_token(
     batch: Batch,
     smoothing: float = 0.0,
     whole: Float[Array, ""] | None = None,
+    z_loss: float = 0.0,
 ) -> tuple[Float[Array, ""], Sums]:
     """Cross-entropy of the token after each position, within its document, in float32.
 
-    It is divided by the weight of the batch, or by `whole`.
+    It is divided by the weight of the batch, or by `whole`. So is `z_loss` times the squared log of
+    the softmax's normaliser, which keeps that near zero (Chowdhery et al. 2022, PaLM, section 5).
     """
     target = jnp.roll(batch.tokens, -1, axis=1)
     weight = target_weights(batch)
@@ -137,8 +154,12 @@ def next_token(
         "weight": total,
         "correct": jnp.sum(weight * (target_logit >= top)),
     }
+    objective = jnp.sum(weight * smoothed)
+    if z_loss:
+        sums["z"] = jnp.sum(weight * jnp.square(normaliser))
+        objective = objective + z_loss * sums["z"]
     divisor = total if whole is None else whole
-    return jnp.sum(weight * smoothed) / jnp.maximum(divisor, 1.0), sums
+    return objective / jnp.maximum(divisor, 1.0), sums
 
 
 def bag_of_words(

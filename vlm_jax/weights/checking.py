@@ -110,10 +110,8 @@ def _similarities(
             f"input_ids are {seen.tokens.shape[1]} long; the model takes {model.text.length}"
         )
 
-    if seen.tokens.min() < 0 or seen.tokens.max() >= model.text.vocab:
-        raise DataError(
-            f"input_ids reach {seen.tokens.max()}; the model has {model.text.vocab} tokens"
-        )
+    if seen.tokens.min() < 0 or seen.tokens.max() >= model.tokens:
+        raise DataError(f"input_ids reach {seen.tokens.max()}; the model has {model.tokens} tokens")
 
     def run(leaves, seen):
         return params.build(model, leaves).similarity(*seen)

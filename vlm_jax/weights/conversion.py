@@ -123,7 +123,7 @@ def import_folder(source: Path, target: Path) -> store.Stored:
       DataError: its tensors are not those its config.json promises; names the first.
     """
     folder = files.Folder(source)
-    kind = folder.config.get("model_type")
+    kind = registry.kind_of(folder.config)
     known = family(kind)
     model = _untied(known, folder, _model(known, folder, kind))
     stored = store.Stored(target, model, kind, folder.config)

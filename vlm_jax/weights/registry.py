@@ -13,6 +13,7 @@ from vlm_jax.weights import inputs, pictures, towers
 from vlm_jax.weights.families import (
     big_vision,
     blip_2,
+    blip_2_retrieval,
     clip,
     convnext,
     efficientnet_lite,
@@ -153,6 +154,7 @@ FAMILIES = {
     "siglip": _system(siglip),
     "siglip2": _system(siglip2),
     "blip-2": _system(blip_2),
+    "blip-2-retrieval": _system(blip_2_retrieval),
     "instructblip": _system(instructblip),
     "idefics": _system(idefics),
 }
@@ -253,6 +255,17 @@ CONFIGLESS = {
     big_vision.FAMILY: big_vision_family(""),
     efficientnet_lite.FAMILY: EFFICIENTNET_LITE,
 }
+
+
+# Families by classes of transformers that have the model_type of another one.
+SHARED_TYPES = {blip_2_retrieval.ARCHITECTURE: "blip-2-retrieval"}
+
+
+def kind_of(hf: Mapping[str, Any]) -> Any:
+    """Which family the folder with this config.json is of: its model_type as a rule."""
+    named = hf.get("architectures")
+    first = named[0] if isinstance(named, list) and named else None
+    return SHARED_TYPES.get(first) if first in SHARED_TYPES else hf.get("model_type")
 
 
 def family(model_type: Any) -> Family:
