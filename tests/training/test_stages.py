@@ -328,16 +328,17 @@ def test_what_cannot_be_trained_is_refused_before_the_first_stage(published, tmp
     refused("stage 2-tune: tiny-tune needs .* bytes")
 
 
-def test_a_bottleneck_cannot_be_followed_by_a_stage_without_it(published, tmp_path):
+def test_a_bottleneck_which_cannot_be_merged_is_for_the_last_stage_alone(published, tmp_path):
     rules = [
         {"pattern": "decoder/stack/.*", "mode": "bottleneck", "rank": 2},
         {"pattern": ".*", "mode": "frozen"},
     ]
-    first = Stage("adapt", {"adaptation": rules, "train.steps": 2})
-    config = dataclasses.replace(continued(published), stages=(first, STAGES[2]))
-    with pytest.raises(ConfigError, match="bottleneck"):
-        main.run(plain(config), tmp_path)
+    adapted = Stage("adapt", {"adaptation": rules, "train.steps": 2})
+    config = plain(dataclasses.replace(continued(published), stages=(adapted, STAGES[0])))
+    with pytest.raises(ConfigError, match=r"stage 1-adapt: .*bottleneck"):
+        main.run(config, tmp_path)
     assert not any(tmp_path.iterdir())
+    preflight.check(stages.of(dataclasses.replace(config, stages=config.stages[::-1]), tmp_path))
 
 
 def test_folders_are_not_shared_and_earlier_stages_not_swapped(walked, published, tmp_path):
