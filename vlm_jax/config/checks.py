@@ -32,6 +32,8 @@ def check(config: Config) -> None:
     _require(reads, "model.decoder", None, "a decoder, or a text tower beside an encoder")
     if model.pair:
         _check_pair(config)
+    else:
+        _check_beside(config)
     _check_mixtures(data)
     divides = data.lanes > 0 and data.rows % data.lanes == 0
     _require(divides, "data.lanes", data.lanes, f"a divisor of data.rows, {data.rows}")
@@ -97,7 +99,7 @@ def _check_pair(config: Config) -> None:
     _require(data.images_per_row == 1, "data.images_per_row", data.images_per_row, "1 of a pair")
     length = config.model.text.length
     _require(data.tokens == length, "data.tokens", data.tokens, f"the text tower's {length}")
-    unused = ["bag_of_words", "contrastive", "z_loss", "neftune"]
+    unused = ["bag_of_words", "contrastive", "z_loss", "neftune", "pairs_weight", "parallel"]
     if config.model.matched:
         heads = config.model.text
         _require(heads.generates, "model.text.generates", False, "True in training")
@@ -110,6 +112,31 @@ def _check_pair(config: Config) -> None:
     steps = config.eval.text_only_steps
     _require(not steps, "eval.text_only_steps", steps, "0 of pairs")
     expected = "1 of pairs, which compare the whole batch"
+    _require(train.accumulate == 1, "train.accumulate", train.accumulate, expected)
+
+
+def _check_beside(config: Config) -> None:
+    """Of what a captioner learns besides telling one token after the other."""
+    model, train = config.model, config.train
+    share = train.parallel
+    _require(0 <= share <= 1, "train.parallel", share, "a share from 0 to 1")
+    masked = model.decoder.masked or not share
+    _require(masked, "model.decoder.masked", False, "True beside train.parallel")
+    weight, text = train.pairs_weight, model.text
+    _require(0 <= weight < math.inf, "train.pairs_weight", weight, "at least 0")
+    _require(text is not None or not weight, "train.pairs_weight", weight, "0 without model.text")
+    if text is None:
+        return
+    expected = "more than 0, or no model.text, which nothing else trains"
+    _require(weight > 0, "train.pairs_weight", weight, expected)
+    _require(text.pool == "last", "model.text.pool", text.pool, "last of an image's own text")
+    length, size = config.data.text_tokens, text.length
+    _require(length <= size, "data.text_tokens", length, f"at most the text tower's {size}")
+    vocab, expected = model.decoder.tokens, "as many as the decoder has, whose tokenizer it shares"
+    _require(text.vocab >= vocab, "model.text.vocab", text.vocab, f"{expected}: {vocab}")
+    asked = "one that reads no second text, as those are the images' own"
+    _require(not model.instructed, "model.connector", model.connector, asked)
+    expected = "1 beside train.pairs_weight, which compares the images of the whole batch"
     _require(train.accumulate == 1, "train.accumulate", train.accumulate, expected)
 
 
@@ -258,6 +285,11 @@ def check_model(model: Model, longest: int = 0) -> None:
         _require(model.encoder is not None, "model.encoder", None, "what texts are compared with")
         compared = model.connector if model.matched else model.encoder.features
         _check_preset(model.text, "model.text", model.text.problems(compared))
+        if not model.matched and model.text.image_pool == "map":
+            encoder = model.encoder
+            plain = encoder.kind == "vit" and encoder.features[1] == encoder.width
+            expected = "a transformer whose features are as wide as itself, as the text pools them"
+            _require(plain, "model.encoder.kind", encoder.kind, expected)
         alone = not model.matched or model.decoder is None
         _require(alone, "model.decoder", model.decoder, "None beside heads of the first stage")
 

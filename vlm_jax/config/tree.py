@@ -275,6 +275,10 @@ class Train:
         images with the same text.
       temperature: of the contrastive loss.
       pairs: what a model of pairs minimises, "sigmoid" (SigLIP) or "softmax" (CLIP).
+      pairs_weight: weight of that loss beside a decoder's, where the model has a text tower too
+        (CoCa: 1 to the decoder's 2).
+      parallel: share of the documents whose learned tokens a masked decoder tells all at once,
+        without those before them (CapPa: 0.75); held-out losses are those of one after the other.
       ema: decay of the averaged weights that evaluation and export use; 0 = the last weights.
       feature_cache: GiB of the host's memory for features of frozen encoders, which are then made
         once for a picture that comes again; 0 = they are made in every step.
@@ -304,6 +308,8 @@ class Train:
     contrastive: float = 0.0
     temperature: float = 0.1
     pairs: str = "sigmoid"
+    pairs_weight: float = 0.0
+    parallel: float = 0.0
     ema: float = 0.0
     feature_cache: float = 0.0
     log_every: int = 10

@@ -125,6 +125,9 @@ class LanguageModel(nnx.Module):
         sizes = (decoder.embedded,), (decoder.added,)
         untied = added and not decoder.tied
         self.added_output = Linear(*sizes, bias=False, rngs=rngs) if untied else None
+        size = (decoder.embedded,)
+        drawn = lambda: nnx.Param(0.02 * jax.random.normal(rngs(), size))  # noqa: E731
+        self.mask_embedding = drawn() if decoder.masked else None
         between = decoder.embedding_width > 0
         sizes = (decoder.embedded,), (decoder.width,)
         self.project_in = Linear(*sizes, bias=False, rngs=rngs) if between else None
@@ -147,6 +150,9 @@ class LanguageModel(nnx.Module):
             added = tokens - self.decoder.vocab
             rows = self.added_embedding[...][jnp.maximum(added, 0)]
             x = jnp.where(added[..., None] >= 0, rows, known)
+        if self.mask_embedding is not None:
+            masked = (tokens == self.decoder.tokens)[..., None]
+            x = jnp.where(masked, self.mask_embedding[...], x)
         x = x.astype(self.decoder.dtype)
         if self.decoder.embed_root:  # rounded to the dtype computed in, as Gemma's authors do
             x = x * jnp.asarray(math.sqrt(self.decoder.width), x.dtype)

@@ -42,11 +42,13 @@ class CrossBlock(nnx.Module):
         )
         self.query_norm = norm(f.head_dim, f.norm_eps) if f.qk_norm else None
         self.key_norm = norm(f.head_dim, f.norm_eps) if f.qk_norm else None
-        self.norm2 = norm(width, f.norm_eps)
-        self.mlp = Mlp(width, f.mlp, f.activation, gated=f.gated, bias=False, rngs=rngs)
-        size = width if f.gate == "vector" else 1
-        self.attention_gate = nnx.Param(jnp.zeros(size))
-        self.mlp_gate = nnx.Param(jnp.zeros(size))
+        feeds = f.mlp > 0
+        self.norm2 = norm(width, f.norm_eps) if feeds else None
+        sizes = width, f.mlp, f.activation
+        self.mlp = Mlp(*sizes, gated=f.gated, bias=False, rngs=rngs) if feeds else None
+        closed, size = f.gate != "none", width if f.gate == "vector" else 1
+        self.attention_gate = nnx.Param(jnp.zeros(size)) if closed else None
+        self.mlp_gate = nnx.Param(jnp.zeros(size)) if closed and feeds else None
 
     def project(self, visual: Float[Array, "B N Q E"]) -> Seen:
         """Keys and values of visual tokens."""
@@ -69,8 +71,9 @@ class CrossBlock(nnx.Module):
         if seen is not None:
             y = drop(self._look(self.norm1(x), image_index, seen), rate, keys[0])
             x = x + _open(self.attention_gate, y)
-        y = drop(self.mlp(self.norm2(x)), rate, keys[1])
-        return constrain(x + _open(self.mlp_gate, y), "batch", None, None)
+        if self.mlp is not None:
+            x = x + _open(self.mlp_gate, drop(self.mlp(self.norm2(x)), rate, keys[1]))
+        return constrain(x, "batch", None, None)
 
     def _look(self, y: Float[Array, "B T D"], image_index, seen: Seen) -> Float[Array, "B T D"]:
         query = self.attention.queries(y)
@@ -82,8 +85,8 @@ class CrossBlock(nnx.Module):
         return self.attention.out(jnp.where(there, found, 0))
 
 
-def _open(gate: nnx.Param, y: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    return jnp.tanh(gate[...]).astype(y.dtype) * y
+def _open(gate: nnx.Param | None, y: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    return y if gate is None else jnp.tanh(gate[...]).astype(y.dtype) * y
 
 
 def visible(image_index: Int[Array, "B T"], images: int, queries: int) -> Bool[Array, "B 1 T S"]:

@@ -39,6 +39,7 @@ AXES = (
     (r"decoder/added_output/kernel", ("embed", None)),
     (r".*/(attention|mlp)_gate", (None,)),
     (r"text/image_project/kernel", (None, "embed")),
+    (r"decoder/mask_embedding", ("embed",)),
     (r"text/(logit_(scale|bias)|temperature)", ()),
     (r"text/match/kernel", ("embed", None)),
     (r"text/transform/kernel", (None, "embed")),

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.models.layers import Features, LayerNorm, Linear, Stack, attend
-from vlm_jax.models.vit import Block
+from vlm_jax.models.vit import Block, MapHead
 from vlm_jax.presets.text import TextTower
 
 
@@ -21,13 +21,13 @@ class Text(nnx.Module):
 
     Args:
       text: its preset.
-      image_width: of an image's one feature.
+      encoder: preset of what sees the images.
       rngs: where initial parameters are drawn from.
     """
 
-    def __init__(self, text: TextTower, image_width: int, rngs: nnx.Rngs):
+    def __init__(self, text: TextTower, encoder, rngs: nnx.Rngs):
         self.text = text
-        width = text.width
+        width, image_width = text.width, encoder.features[1]
         learn = lambda *shape: nnx.Param(jax.random.normal(rngs(), shape) / math.sqrt(width))  # noqa: E731
         self.embedding = learn(text.vocab, width)
         self.positions = learn(text.length, width)
@@ -38,6 +38,7 @@ class Text(nnx.Module):
         sizes = (image_width,), (text.out,)
         images = text.project_images
         self.image_project = Linear(*sizes, bias=False, rngs=rngs) if images else None
+        self.image_head = MapHead(encoder, rngs) if text.image_pool == "map" else None
         # Where the published models start from: CLIP at 1 / 0.07, SigLIP at 10 and a bias of -10.
         start = 10.0 if text.logit_bias else 1 / 0.07
         self.logit_scale = nnx.Param(jnp.asarray(math.log(start)))
@@ -69,8 +70,12 @@ class Text(nnx.Module):
         return jnp.argmax(tokens if largest else tokens == self.text.end, axis=1)
 
     def images(self, features: Features) -> Float[Array, "n E"]:
-        """Embeddings of length 1 of images with one feature each, in float32."""
-        x = features.x[:, 0]
+        """Embeddings of length 1 of images, in float32."""
+        x = features.x
+        if self.image_head is not None:
+            mask = features.mask
+            x = self.image_head(x, None if mask is None else mask[:, None, None])
+        x = x[:, 0]
         return unit(x if self.image_project is None else self.image_project(x, jnp.float32))
 
     def similarity(

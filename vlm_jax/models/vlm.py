@@ -30,8 +30,8 @@ ENCODERS = {
 class VLM(nnx.Module):
     """Encoders, a connector and a decoder that reads or looks at visual tokens; any may be absent.
 
-    Or an encoder and a text tower, whose embeddings are compared; or an encoder and a Q-Former,
-    whose queries are compared with texts that it reads.
+    Or an encoder and a text tower, whose embeddings are compared, perhaps beside a decoder; or an
+    encoder and a Q-Former, whose queries are compared with texts that it reads.
 
     Args:
       model: a `config.Model`.
@@ -78,14 +78,23 @@ class VLM(nnx.Module):
         """
         keys = (None, None) if dropout is None else jax.random.split(dropout)
         images = (images,) if isinstance(images, Images) else images
-        slots = images[0].grids.shape[:2]
         features = self.features(images, keys[0])
+        return self.connected(features, images[0].grids.shape[:2], keys[1], texts)
+
+    def connected(
+        self,
+        features: tuple[Features, ...],
+        slots: tuple[int, int],
+        dropout: Array | None = None,
+        texts: Int[Array, "B N S"] | None = None,
+    ) -> Float[Array, "B N Q D"] | Visual:
+        """Visual tokens of what the encoders saw in the images of B rows with N slots."""
         if self.samplers is not None:
             windows = self.connector.windows(features)
-            visual = Visual(self.connector.tokens(windows, keys[1]), windows)
+            visual = Visual(self.connector.tokens(windows, dropout), windows)
         else:
             texts = None if texts is None else texts.reshape(-1, texts.shape[-1])
-            visual = self.connector(features, texts, keys[1])
+            visual = self.connector(features, texts, dropout)
         return jax.tree.map(lambda x: x.reshape(*slots, *x.shape[1:]), visual)
 
     def similarity(
@@ -208,7 +217,7 @@ def _connector(model, rngs: nnx.Rngs) -> nnx.Module:
 def _text(model, rngs: nnx.Rngs) -> nnx.Module:
     if model.matched:
         return Matching(model.text, model.connector, rngs)
-    return Text(model.text, model.encoder.features[1], rngs)
+    return Text(model.text, model.encoder, rngs)
 
 
 def tokens_of(visual: Float[Array, "B N Q D"] | Visual) -> Float[Array, "B N Q D"]:

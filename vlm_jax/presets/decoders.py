@@ -50,6 +50,8 @@ class Decoder:
       tied: whether the output matrix is the embedding table.
       added: further rows of the embedding table and of the output matrix, as leaves of their own;
         their tokens follow the others' (Idefics1).
+      masked: whether one more embedding, which is no token's, stands where a token is to be told
+        without those before it (CapPa); its id is `tokens`.
       dropout: on the output of each residual branch and on embeddings.
       dtype, remat: as for an encoder.
     """
@@ -94,6 +96,7 @@ class Decoder:
     embedding_width: int = 0
     tied: bool = False
     added: int = 0
+    masked: bool = False
     dropout: float = 0.0
     dtype: str = "bfloat16"
     remat: bool = True

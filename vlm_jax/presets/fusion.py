@@ -13,7 +13,7 @@ class CrossAttention:
     the visual tokens of one image, `Batch.image_index`; where there is none, attention adds zero.
 
     Attributes:
-      mlp: hidden width of the feed-forward part.
+      mlp: hidden width of the feed-forward part; 0 = none, attention alone (CapPa, CoCa).
       heads, kv_heads, head_dim: query heads, key/value heads, and their dimension.
       every: layers of the decoder from one block to the next.
       start: layer before which the first block stands (OpenFlamingo: every - 1).
@@ -23,7 +23,8 @@ class CrossAttention:
       norm_eps: of every norm.
       activation, gated: of the feed-forward part.
       qk_norm: whether queries and keys are normed per head.
-      gate: "number", or "vector" for one per channel; zero at the start.
+      gate: "number", or "vector" for one per channel, zero at the start; "none" adds the parts as
+        they are.
       both: whether visual tokens stand in the sequence too; otherwise an image takes one position
         there, that of its placeholder.
       dropout: on the output of each part.
@@ -51,7 +52,7 @@ class CrossAttention:
         "kind": ("cross_attention",),
         "norm": ("rms", "layer"),
         "activation": ("silu", "gelu", "gelu_tanh", "relu"),
-        "gate": ("number", "vector"),
+        "gate": ("number", "vector", "none"),
     }
 
     def places(self, depth: int) -> tuple[int, ...]:

@@ -24,6 +24,8 @@ class TextTower:
         padding or not (SigLIP).
       end: id of the token that ends a text.
       out_bias: whether the projection to the shared space has a bias (SigLIP).
+      image_pool: "map" pools all features of an image by a head of its own, where a decoder reads
+        them too (CoCa); "none" takes an encoder's one feature.
       project_images: whether images are projected to it too; else their feature is that wide.
       logit_bias: whether a learned number is added to the scaled similarities (SigLIP).
       dtype: of the computation; parameters are float32 masters.
@@ -43,6 +45,7 @@ class TextTower:
     pool: str = "last"
     end: int = 0
     out_bias: bool = False
+    image_pool: str = "none"
     project_images: bool = False
     logit_bias: bool = False
     dtype: str = "bfloat16"
@@ -53,6 +56,7 @@ class TextTower:
         "kind": ("text",),
         "activation": Encoder.CHOICES["activation"],
         "pool": ("first", "largest", "last"),
+        "image_pool": ("none", "map"),
         "dtype": ("bfloat16", "float32"),
     }
 
@@ -79,8 +83,8 @@ class TextTower:
             yield "width", f"a multiple of its {self.heads} heads"
         if self.pool == "first" and not 0 <= self.end < self.vocab:
             yield "end", f"an id below the vocabulary's {self.vocab}"
-        if count != 1:
-            yield "project_images", f"an encoder that pools an image to one feature, not {count}"
+        if count != 1 and self.image_pool == "none":
+            yield "image_pool", f"an encoder that pools an image to one feature, not {count}"
         if not self.project_images and width != self.out:
             yield "out", f"the width {width} of an image's feature, or project_images"
 

@@ -168,10 +168,11 @@ def _towers(config: Config, rows: int, tensor: int) -> Iterator[Tower]:
             pass_ = work._replace(length=work.length + read, context=work.context + read)
             yield tower("connector", count * rows, pass_, model.connector.dtype)
         return
+    if model.text is not None and data.images:
+        text, length = model.text, data.tokens if model.pair else data.text_tokens
+        sizes = (length, length, text.width, text.mlp, text.heads, text.depth)
+        yield tower("text", slots, Work(*sizes, text.remat), text.dtype, lowest=True)
     if model.pair:
-        text = model.text
-        sizes = (text.length, text.length, text.width, text.mlp, text.heads, text.depth)
-        yield tower("text", rows, Work(*sizes, text.remat), text.dtype, lowest=True)
         return
     if data.images:
         connector = model.connector

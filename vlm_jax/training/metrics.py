@@ -20,7 +20,13 @@ QUARANTINE = "quarantine.jsonl"
 SKIPPED = "skipped.jsonl"
 
 # Losses that are means of their own, and what they are means over.
-COUNTED = {"words": "images", "contrastive": "images", "matching": "pairs", "told": "tokens"}
+COUNTED = {
+    "words": "images",
+    "contrastive": "images",
+    "pairs": "images",
+    "matching": "pairs",
+    "told": "tokens",
+}
 
 Row = dict[str, Any]
 
@@ -53,9 +59,8 @@ def row(step: int, sums: Mapping[str, Any], info: Info) -> Row:
         if f"{name}_nll" in sums:
             count = max(float(sums[f"{name}_{counted}"]), 1.0)
             line[f"{name}_loss"] = float(sums[f"{name}_nll"]) / count
-    if "matching_correct" in sums:
-        pairs = max(float(sums["matching_pairs"]), 1.0)
-        line["matching_accuracy"] = float(sums["matching_correct"]) / pairs
+        if f"{name}_correct" in sums:
+            line[f"{name}_accuracy"] = float(sums[f"{name}_correct"]) / count
     if verdict := int(sums.get("verdict", guard.GOOD)):
         line = {k: v for k, v in line.items() if math.isfinite(v)}
         line["skipped"] = guard.REASONS[verdict]

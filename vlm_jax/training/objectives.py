@@ -9,12 +9,15 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.batch import Batch
 from vlm_jax.config import Config, Train
+from vlm_jax.models.layers import Features
 from vlm_jax.models.matching import Matching
 from vlm_jax.models.vlm import VLM, target_weights, tokens_of
-from vlm_jax.training import matching, pairs
+from vlm_jax.training import masking, matching, pairs
 
 Sums = dict[str, Array]
 
+# Far from the small numbers that dropout's keys are split into.
+CAPTIONED_KEY = 0x436F4361
 NEVER = -1e30  # not infinity: an image without any other would give gradients of NaN
 
 
@@ -40,7 +43,7 @@ def losses(
     Metrics: `nll` (without smoothing), `weight` and `correct` over supervised tokens; `tokens`
     (real ones), `positions` (with padding) and `images`; `patches` (real ones) and `patch_room`
     where images share a row's; `z` with z-loss; with the auxiliary losses `words_nll` over
-    `words_images` and `contrastive_nll` over `contrastive_images`.
+    `words_images`, `contrastive_nll` over `contrastive_images` and `pairs_nll` over `pairs_images`.
 
     Args:
       vlm: the model over its parameters.
@@ -48,21 +51,24 @@ def losses(
       config: read for `data.images`, the smoothing and the weights of the auxiliary losses.
       dropout: PRNG key; None = evaluation.
       whole: `totals` of the batch that these rows are a part of, whose losses add up to its own;
-        the contrastive one, which compares all images, cannot be had in parts.
+        those that compare all images cannot be had in parts.
     """
     if config.model.pair:
         return paired(vlm, batch, config.train, dropout)
     whole = whole or {}
     keys = (None, None) if dropout is None else jax.random.split(dropout)
     # Without images no row looks at a visual token: the encoder need not run at all.
-    visual = None
+    visual = features = None
     if config.data.images:
-        seen = (batch.images, *batch.extra_images)
+        of_images = (None, None) if dropout is None else jax.random.split(keys[0])
+        features = vlm.features((batch.images, *batch.extra_images), of_images[0])
         # The images' own texts are answers: only what is asked may be read.
         texts = batch.image_texts if config.model.instructed else None
-        visual = vlm.visual(seen, keys[0], texts)
-    train = config.train
-    logits = vlm.unembed(vlm.hidden(batch, visual, keys[1], train.neftune))
+        visual = vlm.connected(features, batch.images.grids.shape[:2], of_images[1], texts)
+    train, read = config.train, batch
+    if train.parallel and dropout is not None:
+        read = masking.drawn(batch, train.parallel, config.model.decoder.tokens, dropout)
+    logits = vlm.unembed(vlm.hidden(read, visual, keys[1], train.neftune))
     parts = train.label_smoothing, whole.get("weight"), train.z_loss
     loss, sums = next_token(logits, batch, *parts)
     sums |= {
@@ -80,7 +86,32 @@ def losses(
     if config.train.bag_of_words and tokens is not None:
         words, words_sums = bag_of_words(vlm, tokens, batch.image_texts, whole.get("words_images"))
         loss, sums = loss + config.train.bag_of_words * words, sums | words_sums
+    if train.pairs_weight and config.model.text is not None and features is not None:
+        alike, alike_sums = captioned(vlm, features[0], batch, train.pairs, dropout)
+        loss, sums = loss + train.pairs_weight * alike, sums | alike_sums
     return loss, sums
+
+
+def captioned(
+    vlm: VLM, features: Features, batch: Batch, kind: str, dropout: Array | None = None
+) -> tuple[Float[Array, ""], Sums]:
+    """Whether images and their own texts belong together, beside a decoder that tells them (CoCa).
+
+    Args:
+      vlm: a model with a text tower.
+      features: what its first encoder saw.
+      batch: of whose images those that have a text are compared.
+      kind: a row of `pairs.LOSSES`.
+      dropout: PRNG key; None = evaluation.
+    """
+    texts = batch.image_texts.reshape(-1, batch.image_texts.shape[-1])
+    there = jnp.any(texts > 0, axis=-1) & (batch.images.grids[..., 0] > 0).reshape(-1)
+    key = None if dropout is None else jax.random.fold_in(dropout, CAPTIONED_KEY)
+    sides = vlm.text.images(features), vlm.text(texts, vlm.text.there(texts), key), there
+    loss = pairs.spread(pairs.LOSSES[kind])(*sides, *vlm.text.scale_and_bias())
+    count = jnp.sum(there)
+    correct = pairs.spread(pairs.hits, scalars=0)(*sides)
+    return loss, {"pairs_nll": loss * count, "pairs_images": count, "pairs_correct": correct}
 
 
 def paired(

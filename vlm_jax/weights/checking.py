@@ -44,7 +44,7 @@ def run(
     model = known.fitted(exact(stored.model), arrays)
     places = dict.fromkeys(params.abstract(model), jax.sharding.SingleDeviceSharding(_device()))
     leaves = store.load(stored, places, dict.fromkeys(places, np.float32))
-    if model.text is not None:
+    if model.pair:
         seen = known.inputs(model, stored.published, arrays)
         return _similarities(model, leaves, seen)
     if model.decoder is None:
