@@ -44,5 +44,5 @@ def get_config(variant: str = ""):
     # Model card, unverified: 1.31M tokens a batch in sequences of 1024, 1e-5, a warm-up of 2000, a
     # decay of 0.1, clipping at 1, and a z-loss of 1e-3.
     config.data.rows = 1280
-    config.train.update(steps=40_000, lr=1e-5, warmup_steps=2000, weight_decay=0.1)
+    config.train.update(steps=40_000, lr=1e-5, warmup_steps=2000, weight_decay=0.1, z_loss=1e-3)
     return config

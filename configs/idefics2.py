@@ -82,14 +82,14 @@ def first(config):
 
 
 def instruct(config):
-    """Tuning on The Cauldron by DoRA, with NEFTune's noise, of an alpha that no source says.
+    """Tuning on The Cauldron by DoRA, with NEFTune's noise.
 
-    No source has batch, rate, warm-up or steps either: they are those of SmolVLM's second stage
-    (tr_345 of the same trainer).
+    No source has alpha of the noise, batch, rate, warm-up or steps: they are those of SmolVLM's
+    second stage (tr_345 of the same trainer).
     """
     config.name += "-instruct"
     adapt(config, "dora")
-    config.train.update(steps=6000, warmup_steps=100)
+    config.train.update(steps=6000, warmup_steps=100, neftune=5.0)
     return config
 
 

@@ -6,8 +6,8 @@ first, by DoRA, and with `instruct` the third.
 Figures are those of the authors' configs, smollm's vision/experiments/pretraining/vloom: tr_341 and
 345 and 346 of 256m, 343 and 347 and 349 of 500m, 348 and 350 of 2.2b, which has no third one there.
 The authors' data: LAION-COCO 60 % and pages 40 %; pages 30 % and instructions 70 %; instructions.
-The second and third have NEFTune's noise of 5. Pictures of LAION-COCO are at most 1536 px large
-(1152 for 2.2b), others 2048 (1920); ours are enlarged to four tiles a side in all stages.
+Their pictures of LAION-COCO are at most 1536 px large (1152 for 2.2b), others 2048 (1920); ours are
+enlarged to four tiles a side in all stages.
 """
 
 from configs import common, idefics2, idefics3, local
@@ -47,6 +47,7 @@ def get_config(variant: str = ""):
     )
     # max_seq_len; max_num_images is of two pictures, of up to 16 tiles and the whole each.
     config.data.update(tokens=7000, images_per_row=34, template="smolvlm")
+    config.train.neftune = 5.0  # neftune_noise_alpha, of the second and third stage
     return {"": lambda config: config, "first": first, "instruct": instruct}[stage](config)
 
 
@@ -64,7 +65,7 @@ def first(config):
     idefics2.adapt(config, "dora", unfrozen)
     common.captions(config)
     config.data.rows = 1024
-    config.train.update(steps=25_000, warmup_steps=2000, end_lr=475 / 498)
+    config.train.update(steps=25_000, warmup_steps=2000, end_lr=475 / 498, neftune=0.0)
     return config
 
 
