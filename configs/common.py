@@ -78,9 +78,14 @@ def system(name: str, model: c.Model, tokens: int, **data: Any):
 
 def put(config, **parts: Any) -> None:
     """Replaces parts of a config's model by presets."""
-    with config.ignore_type():
-        for name, preset in parts.items():
-            config.model[name] = schema.plain(preset)
+    replace(config.model, **parts)
+
+
+def replace(section, **values: Any) -> None:
+    """Replaces fields of a section of a config by dataclasses, of whatever type they were."""
+    with section.ignore_type():
+        for name, value in values.items():
+            section[name] = schema.plain(value)
 
 
 def captions(config, template: str = "plain") -> None:

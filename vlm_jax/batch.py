@@ -22,6 +22,9 @@ class Images(NamedTuple):
       patch_images: int32 [B, P], which image of the row a patch belongs to, -1 = padding.
       starts: int32 [B, N], in packed rows of patches the first patch of each image, whose others
         follow in reading order; None where all slots own equal shares of the row, in order.
+      features: [B, N, P, E], what a frozen encoder made of each image, in place of pixels or
+        patches (`training.features`); None where it is to look itself.
+      feature_mask: bool [B, N, P], which of them are there; None = all.
     """
 
     grids: Array
@@ -30,6 +33,8 @@ class Images(NamedTuple):
     patch_positions: Array | None = None
     patch_images: Array | None = None
     starts: Array | None = None
+    features: Array | None = None
+    feature_mask: Array | None = None
 
 
 class Batch(NamedTuple):

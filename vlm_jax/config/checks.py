@@ -64,6 +64,7 @@ def check(config: Config) -> None:
         expected = f"at most the {longest} positions of the connector"
         _require(fits, "data.text_tokens", data.text_tokens, expected)
     _check_accumulation(config)
+    _check_feature_cache(config)
     for name, least in (
         ("sigmas", 0),
         ("floor", 0),
@@ -135,6 +136,18 @@ def _check_accumulation(config: Config) -> None:
         count,
         "1 beside train.contrastive, which compares the images of the whole batch",
     )
+
+
+def _check_feature_cache(config: Config) -> None:
+    size, data = config.train.feature_cache, config.data
+    _require(0 <= size < math.inf, "train.feature_cache", size, "at least 0")
+    if not size:
+        return
+    _require(not config.model.pair, "train.feature_cache", size, "0 of pairs, whose encoder trains")
+    expected = "the defaults beside train.feature_cache: changed pictures do not come again"
+    _require(data.augment == Augment(), "data.augment", data.augment, expected)
+    shared = data.patches_per_row
+    _require(not shared, "data.patches_per_row", shared, "0 beside train.feature_cache")
 
 
 def _check_mixtures(data: Data) -> None:

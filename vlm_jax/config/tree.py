@@ -276,6 +276,8 @@ class Train:
       temperature: of the contrastive loss.
       pairs: what a model of pairs minimises, "sigmoid" (SigLIP) or "softmax" (CLIP).
       ema: decay of the averaged weights that evaluation and export use; 0 = the last weights.
+      feature_cache: GiB of the host's memory for features of frozen encoders, which are then made
+        once for a picture that comes again; 0 = they are made in every step.
       log_every: steps between lines on the terminal and points in TensorBoard.
     """
 
@@ -303,6 +305,7 @@ class Train:
     temperature: float = 0.1
     pairs: str = "sigmoid"
     ema: float = 0.0
+    feature_cache: float = 0.0
     log_every: int = 10
 
 

@@ -5,7 +5,6 @@ be scored, and as the wrong picture of another example. On small models the enco
 """
 
 import functools
-import hashlib
 from collections.abc import Mapping
 
 import jax
@@ -14,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from vlm_jax import config as configs
 from vlm_jax.batch import Batch, Images
-from vlm_jax.data import packing
+from vlm_jax.data import packing, slots
 from vlm_jax.evaluation import devices
 from vlm_jax.models import params as parameters
 from vlm_jax.models.sva import Visual
@@ -24,7 +23,7 @@ MEMORY = 2 * 2**30  # bytes of visual tokens that are remembered
 
 Seen = Float[np.ndarray, "... Q D"] | Visual
 Texts = Int[Array, "B N S"] | None  # what is asked, where the connector reads it
-Slots = tuple[tuple[Images, ...], Texts]
+Shown = tuple[tuple[Images, ...], Texts]  # every slot as a row of its own
 
 
 class Vision:
@@ -58,16 +57,16 @@ class Vision:
         visual = jax.tree.map(empty, _of_one_image(model))
         if data.images and count:
             images = (batch.images, *batch.extra_images)
-            texts = _flat(batch.image_texts)[:, None] if model.instructed else None
-            slots = tuple(map(_slots, images, model.encoders)), texts
+            texts = slots.flat(batch.image_texts)[:, None] if model.instructed else None
+            shown = tuple(map(slots.apart, images, model.encoders)), texts
             places = list(zip(*np.nonzero(grids.any(axis=-1)), strict=True))
-            names = {place: _name(slots, place[0] * count + place[1]) for place in places}
-            self._remember(slots, {names[row, n]: row * count + n for row, n in places})
+            names = {(row, n): slots.digest(shown[0], row * count + n, texts) for row, n in places}
+            self._remember(shown, {names[row, n]: row * count + n for row, n in places})
             for place, name in names.items():
                 _put(visual, place, self._known[name])
         return visual
 
-    def _remember(self, slots: Slots, wanted: Mapping[bytes, int]) -> None:
+    def _remember(self, shown: Shown, wanted: Mapping[bytes, int]) -> None:
         """Encodes the slots, by name, that are not known yet, in batches of one shape."""
         if sum(leaf.nbytes for leaf in jax.tree.leaves(self._known)) > MEMORY:
             self._known.clear()
@@ -77,7 +76,7 @@ class Vision:
             names, chosen = zip(*new[start : start + rows], strict=True)
             # The last batch is filled up by repeating its pictures.
             repeated = np.resize(chosen, rows)
-            picked = jax.tree.map(lambda x, which=repeated: x[which], slots)
+            picked = jax.tree.map(lambda x, which=repeated: x[which], shown)
             visual = _compiled(self.config.model)(self.params, *devices.place(picked))
             visual = jax.tree.map(devices.fetch, visual)
             for i, name in enumerate(names):
@@ -111,33 +110,3 @@ def _put(whole: Seen, place: tuple[int, int], one: Seen) -> None:
     """Writes what is seen in one image to its row and slot, in place."""
     for leaf, known in zip(jax.tree.leaves(whole), jax.tree.leaves(one), strict=True):
         leaf[place] = known
-
-
-def _slots(images: Images, encoder) -> Images:
-    """Every image slot as a row of its own; slots own equal shares of a row's patches."""
-    split = images._replace(grids=_flat(images.grids)[:, None])
-    if images.pixels is not None:
-        return split._replace(pixels=_flat(images.pixels)[:, None])
-    patches = encoder.patches
-    return split._replace(
-        patches=images.patches.reshape(-1, patches, images.patches.shape[-1]),
-        patch_positions=images.patch_positions.reshape(-1, patches, 2),
-        patch_images=np.minimum(images.patch_images.reshape(-1, patches), 0),
-    )
-
-
-def _flat(x: np.ndarray) -> np.ndarray:
-    """Rows and slots as one axis."""
-    return x.reshape(-1, *x.shape[2:])
-
-
-def _name(slots: Slots, slot: int) -> bytes:
-    """A digest of a slot's pixels, as all encoders see them, and of what is asked about it."""
-    digest = hashlib.blake2b(digest_size=16)
-    every, texts = slots
-    for images in every:
-        seen = images.patches if images.pixels is None else images.pixels
-        digest.update(np.ascontiguousarray(seen[slot]))
-    if texts is not None:
-        digest.update(np.ascontiguousarray(texts[slot]))
-    return digest.digest()

@@ -59,7 +59,7 @@ class VLM(nnx.Module):
         keys = (
             (None,) * len(encoders) if dropout is None else jax.random.split(dropout, len(encoders))
         )
-        return tuple(e(seen, key) for e, seen, key in zip(encoders, images, keys, strict=True))
+        return tuple(map(_features, encoders, images, keys))
 
     def visual(
         self,
@@ -190,6 +190,14 @@ class VLM(nnx.Module):
         images = (images,) if isinstance(images, Images) else images
         maps = self.connector.attention_maps(self.features(images))
         return maps.reshape(*images[0].grids.shape[:2], *maps.shape[1:])
+
+
+def _features(encoder: nnx.Module, images: Images, key: Array | None) -> Features:
+    if images.features is None:
+        return encoder(images, key)
+    flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
+    mask = images.feature_mask
+    return Features(flat(images.features), None if mask is None else flat(mask))
 
 
 def _connector(model, rngs: nnx.Rngs) -> nnx.Module:

@@ -1,9 +1,12 @@
 """What the devices of this machine offer."""
 
 import os
+import resource
 from pathlib import Path
 
 import jax
+
+KIB = 1024  # what Linux counts `ru_maxrss` in
 
 # Linux control groups, versions 2 and 1: a container may have less than its machine.
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -23,6 +26,13 @@ def _device_memory(device: jax.Device) -> int:
     if "bytes_limit" in stats:
         return int(stats["bytes_limit"])
     return host_memory() // len(jax.local_devices(backend=device.platform))
+
+
+def peak() -> int:
+    """Bytes that were in use at most: on one of this host's devices, or by this process on CPUs."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    known = [int(each["peak_bytes_in_use"]) for each in stats if "peak_bytes_in_use" in each]
+    return max(known) if known else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB
 
 
 def host_memory() -> int:

@@ -23,8 +23,11 @@ from vlm_jax.presets.encoders import Encoder
 from vlm_jax.training import adaptation
 from vlm_jax.weights import peft, store
 
-# What `presets.decoders.Decoder.added` adds to a vocabulary: drawn where the folder has none.
-ADDED = re.compile(r"decoder/added_(embedding|output/kernel)")
+# What a system adds to a published decoder, rows of its vocabulary and gated blocks between its
+# layers: drawn where the folder has none.
+ADDITIONS = tuple(
+    map(re.compile, (r"decoder/added_(embedding|output/kernel)", r"decoder/cross/.*"))
+)
 
 Places = Mapping[str, jax.sharding.Sharding]
 
@@ -135,8 +138,17 @@ def _sources(
             raise ConfigError(f"config.init: the model has no part {init.part!r}")
         found = planned.get(init.folder) or _opened(_folder(init))
         pairs = {path: source + path.removeprefix(prefix) for path in paths}
-        there = found.shapes
-        yield init, found, {p: t for p, t in pairs.items() if t in there or not ADDED.fullmatch(p)}
+        new = _additions(pairs, found.shapes)
+        yield init, found, {path: theirs for path, theirs in pairs.items() if path not in new}
+
+
+def _additions(pairs: Mapping[str, str], there: Mapping[str, object]) -> set[str]:
+    """The paths of the additions of which a folder has nothing."""
+    found = set()
+    for pattern in ADDITIONS:
+        paths = {path for path in pairs if pattern.fullmatch(path)}
+        found |= paths if not any(pairs[path] in there for path in paths) else set()
+    return found
 
 
 def _folder(init: Init) -> Path:

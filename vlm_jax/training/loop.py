@@ -17,8 +17,17 @@ from vlm_jax.config import Config
 from vlm_jax.data import pipeline
 from vlm_jax.data.pipeline import TrainStream
 from vlm_jax.errors import Interrupted
+from vlm_jax.parallel import devices
 from vlm_jax.parallel import mesh as meshes
-from vlm_jax.training import adaptation, branching, checkpoints, memory, metrics, progress
+from vlm_jax.training import (
+    adaptation,
+    branching,
+    checkpoints,
+    features,
+    memory,
+    metrics,
+    progress,
+)
 from vlm_jax.training import state as states
 from vlm_jax.training import step as steps
 from vlm_jax.training.adaptation import Plan
@@ -109,11 +118,14 @@ class _Run:
           undone: the row that it was rolled back for.
         """
         config, mesh, step = self.config, self.mesh, state.done
+        seen = features.of(config, mesh)
         with _Log(config, self.workdir, state, undone) as log:
             while step < log.last:
                 step += 1
                 batch, info = next(self.stream)
-                state, sums = self.step_function(state, steps.place(batch, mesh))
+                state, sums = self.step_function(
+                    state, steps.place(seen(batch, state.frozen), mesh)
+                )
                 if _simulated(mesh):
                     jax.block_until_ready(sums)
                 log.step(step, sums, info)
@@ -150,6 +162,7 @@ def prepare(config: Config, hint: str = "") -> tuple[Mesh, Plan]:
     """
     mesh = meshes.make(config.parallel)
     plan = adaptation.of(config)
+    features.check(config, plan)
     abstract = states.abstract(config, plan, mesh)
     parts = memory.check(config, plan, mesh, abstract, hint)
     if jax.process_index() == 0:
@@ -249,6 +262,8 @@ class _Log:
         train = self._config.train
         shown = pending.step == train.steps or _due(pending.step, train.log_every)
         speeds = self._meter.read(pending.step) if shown else {}
+        if speeds:
+            speeds["peak_bytes"] = devices.peak()
         self._metrics.write(line | ({"time": speeds} if speeds else {}), show=shown)
         self._metrics.quarantine(pending.step, pending.info)
         self._epochs = pending.info.epochs

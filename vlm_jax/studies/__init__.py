@@ -1,0 +1,1 @@
+"""Studies: cells that differ in one thing, run and compared."""
