@@ -61,7 +61,7 @@ def record(config: c.Config) -> dict[str, Any]:
 def records() -> list[dict[str, Any]]:
     """Of all variants, those that make the same of it together."""
     found: list[dict[str, Any]] = []
-    for name in systems.systems():
+    for name in [*systems.systems(), *systems.FIRST]:
         made = record(systems.config(name))
         alike = next((each for each in found if made.items() <= each.items()), None)
         if alike is None:

@@ -17,6 +17,7 @@ from vlm_jax.models import params
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 OURS = ("emoji", "siglip", "tiny")  # configs of no published system, without words
+FIRST = ("blip2:stage1",)  # of models without a decoder, which are no words of variants
 
 
 def systems() -> list[str]:
@@ -30,8 +31,8 @@ def systems() -> list[str]:
 
 
 def local() -> list[str]:
-    """The same variants at sizes for a CPU."""
-    return [f"{name}-local".replace(":-", ":") for name in systems()]
+    """The same variants at sizes for a CPU, and those of FIRST."""
+    return [f"{name}-local".replace(":-", ":") for name in [*systems(), *FIRST]]
 
 
 def structures(names: Iterable[str]) -> list[str]:
@@ -79,8 +80,9 @@ def golden() -> dict[str, Any]:
     smaller in local variants."""
     defaults: dict[str, dict[str, Any]] = {}
     others = [f"{path.stem}:" for path in sorted(CONFIGS.glob("*.py")) if path.stem in OURS]
+    names = [*systems(), *FIRST, *others]
     return {
-        "configs": {name: _stated(config(name), defaults) for name in systems() + others},
+        "configs": {name: _stated(config(name), defaults) for name in names},
         "defaults": defaults,
         "local": _local(),
     }
@@ -89,7 +91,7 @@ def golden() -> dict[str, Any]:
 def _local() -> dict[str, dict[str, Any]]:
     """What differs between variants and those at sizes for a CPU, by the names of those alike."""
     alike: dict[str, list[str]] = {}
-    for name, small in zip(systems(), local(), strict=True):
+    for name, small in zip([*systems(), *FIRST], local(), strict=True):
         made = dict(_changed(*map(schema.plain, (config(name), config(small)))))
         alike.setdefault(json.dumps(made), []).append(name)
     return {" ".join(names): json.loads(made) for made, names in alike.items()}

@@ -114,7 +114,7 @@ class Matching(nnx.Module):
 
     def begun(self, tokens: Int[Array, "n S"]) -> Int[Array, "n S"]:
         """Texts as they are generated, beginning with another token."""
-        return tokens.at[:, 0].set(self.preset.start)
+        return jnp.asarray(tokens).at[:, 0].set(self.preset.start)
 
     def matches(
         self,

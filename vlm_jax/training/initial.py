@@ -23,11 +23,10 @@ from vlm_jax.presets.encoders import Encoder
 from vlm_jax.training import adaptation
 from vlm_jax.weights import peft, store
 
-# What a system adds to a published decoder, rows of its vocabulary and gated blocks between its
-# layers: drawn where the folder has none.
-ADDITIONS = tuple(
-    map(re.compile, (r"decoder/added_(embedding|output/kernel)", r"decoder/cross/.*"))
-)
+# What a system adds: rows of a published decoder's vocabulary and gated blocks between its layers;
+# what a Q-Former of the first stage speaks to a decoder by. Drawn where the folder has none.
+ADDED = (r"decoder/added_(embedding|output/kernel)", r"decoder/cross/.*", r"connector/project/.*")
+ADDITIONS = tuple(map(re.compile, ADDED))
 
 Places = Mapping[str, jax.sharding.Sharding]
 
