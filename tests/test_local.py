@@ -77,7 +77,8 @@ def losses(config: c.Config, count: int) -> list[float]:
         batch, info = next(stream)
     assert not info.rejects
     step, batch = steps.make_step(config, plan, mesh), steps.place(batch, mesh)
-    state, found = states.create(config, plan, mesh), []
+    with jax.default_prng_impl("unsafe_rbg"):  # compiles in half the time of the default
+        state, found = states.create(config, plan, mesh), []
     for _ in range(count):
         state, metrics = step(state, batch)
         found.append(float(metrics["loss"]))
@@ -89,7 +90,7 @@ def losses(config: c.Config, count: int) -> list[float]:
     [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in STRUCTURES],
 )
 def test_it_compiles_and_learns_a_batch(name):
-    found = losses(systems.config(name), 5)
+    found = losses(systems.config(name), 3)
     # The first step is the warm-up's, at a rate of 0.
     assert np.isfinite(found).all() and found[1] == pytest.approx(found[0], rel=1e-5)
     assert found[-1] < found[1]
