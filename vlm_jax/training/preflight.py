@@ -13,7 +13,15 @@ from vlm_jax.config import Config
 from vlm_jax.data import heldout, pipeline
 from vlm_jax.errors import ConfigError, VlmError
 from vlm_jax.parallel import mesh as meshes
-from vlm_jax.training import adaptation, checkpoints, initial, memory, schedules, stages
+from vlm_jax.training import (
+    adaptation,
+    checkpoints,
+    features,
+    initial,
+    memory,
+    schedules,
+    stages,
+)
 from vlm_jax.training import state as states
 from vlm_jax.training import step as steps
 from vlm_jax.training.initial import Source
@@ -60,6 +68,7 @@ def _planned(run: Run, hint: str, planned: Mapping[str, Source]) -> Source:
     schedules.make(config.train)
     mesh, plan = meshes.make(config.parallel), adaptation.of(config)
     steps.check_rows(config, mesh)
+    features.check(config, plan)
     state = states.abstract(config, plan, mesh, planned)
     parts = memory.check(config, plan, mesh, state, hint)
     _open_data(config)
