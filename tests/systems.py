@@ -89,9 +89,12 @@ def golden() -> dict[str, Any]:
 
 
 def _local() -> dict[str, dict[str, Any]]:
-    """What differs between variants and those at sizes for a CPU, by the names of those alike."""
+    """What differs between variants and those at sizes for a CPU, by the names of those alike; of
+    those in stages nothing, as each stage is another variant."""
     alike: dict[str, list[str]] = {}
     for name, small in zip([*systems(), *FIRST], local(), strict=True):
+        if config(name).stages:
+            continue
         made = dict(_changed(*map(schema.plain, (config(name), config(small)))))
         alike.setdefault(json.dumps(made), []).append(name)
     return {" ".join(names): json.loads(made) for made, names in alike.items()}
@@ -118,10 +121,26 @@ def _stated(value: Any, defaults: dict[str, dict[str, Any]]) -> Any:
             {k: _plain(d) for k, d in known.items() if d is not dataclasses.MISSING},
         )
         given = {k: getattr(value, k) for k in known}
-        return {k: _stated(v, defaults) for k, v in given.items() if v != known[k] or k == "kind"}
+        found = {k: _stated(v, defaults) for k, v in given.items() if v != known[k] or k == "kind"}
+        staged = isinstance(value, c.Config) and value.stages
+        return found | ({"stages": _stages(value, defaults)} if staged else {})
     if isinstance(value, dict):
         return {k: _stated(v, defaults) for k, v in value.items()}
     return [_stated(v, defaults) for v in value] if isinstance(value, tuple) else value
+
+
+def _stages(config: c.Config, defaults: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """By stage what it changes, as the config that it resolves to has it."""
+    return {
+        stage.name: {path: _stated(_at(each, path), defaults) for path in stage.changes}
+        for stage, each in zip(config.stages, c.walked(config), strict=True)
+    }
+
+
+def _at(tree: Any, path: str) -> Any:
+    for name in path.split("."):
+        tree = getattr(tree, name) if dataclasses.is_dataclass(tree) else tree[name]
+    return tree
 
 
 def _default(field: dataclasses.Field) -> Any:

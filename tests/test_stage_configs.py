@@ -117,6 +117,15 @@ def test_single_stages_are_changed_by_their_names():
         configs.overridden(config, ["s0.train.stepz=3"])
 
 
+def test_one_stage_is_had_by_its_name_and_the_last_by_none():
+    config = staged({"train.steps": 5}, {})
+    assert configs.one_stage(config, "s0") == configs.walked(config)[0]
+    assert configs.one_stage(config) == configs.walked(config)[1]
+    assert configs.one_stage(TINY) == TINY
+    with pytest.raises(ConfigError, match="no stage 'x'; it has: s0, s1"):
+        configs.one_stage(config, "x")
+
+
 def override(*arguments):
     """The config that a command line with these overrides gives."""
     values = flags.FlagValues()
