@@ -82,8 +82,7 @@ def losses(config: c.Config, count: int) -> list[float]:
         batch, info = next(stream)
     assert not info.rejects
     step, batch = steps.make_step(config, plan, mesh), steps.place(batch, mesh)
-    with jax.default_prng_impl("unsafe_rbg"):  # compiles in half the time of the default
-        state, found = states.create(config, plan, mesh), []
+    state, found = states.create(config, plan, mesh), []
     for _ in range(count):
         state, metrics = step(state, batch)
         found.append(float(metrics["loss"]))
