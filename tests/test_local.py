@@ -106,8 +106,9 @@ def test_the_whole_program_runs(name, tmp_path):
     code, output = finish(f"--config=configs/{name.replace(':', '.py:')}", f"--workdir={tmp_path}")
     assert code == 0, output
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert max(row["step"] for row in rows) == local.STEPS
-    assert all(math.isfinite(row.get("train/loss", 0.0)) for row in rows)
+    found = {row["step"]: row["loss"] for row in rows if "loss" in row}
+    assert sorted(found) == list(range(1, local.STEPS + 1))
+    assert all(map(math.isfinite, found.values())) and found[local.STEPS] < found[1]
     assert (tmp_path / "report.html").exists()
 
 
