@@ -188,6 +188,7 @@ def test_configs_are_as_recorded():
     """tests/make_config_goldens.py records them anew; new fields with defaults change nothing."""
     recorded, found = json.loads(GOLDEN.read_text()), systems.golden()
     assert json.loads(json.dumps(found["configs"])) == recorded["configs"]
+    assert found["local"] == recorded["local"]
     for kind, fields in recorded["defaults"].items():
         known = found["defaults"][kind]
         assert {field: known.get(field) for field in fields} == fields, kind

@@ -189,7 +189,8 @@ class Data:
       schedule: mixtures that follow the first one.
       loss_weights: factor of the loss weights of a source's tokens, by its name; 1 without.
       corpora: corpora of files by the name that the mixture calls them.
-      tokenizer: "embedded", or the path of a Hugging Face tokenizer.json.
+      tokenizer: "embedded", which has the template's special tokens too, or the path of a Hugging
+        Face tokenizer.json.
       template: name of a chat template, a row of `data.templates.TEMPLATES`.
       attention: "causal", or "prefix" (prompt tokens, images among them, see each other).
       images: False trains the same config without images (the text-only baseline).
