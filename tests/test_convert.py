@@ -87,6 +87,38 @@ def test_a_trained_run_goes_out_to_the_family_it_came_from(tmp_path, monkeypatch
     assert exported.config["eos_token_id"] == 2
 
 
+def test_a_run_in_stages_goes_out_to_the_family_that_its_first_stage_came_from(
+    tmp_path, monkeypatch
+):
+    """Its outer folder stands for the last stage that has ended."""
+    stored = write_model(tmp_path / "model")
+    first = configs.Config(
+        name="x-one",
+        model=stored.model,
+        data=configs.Data({"emoji:caption": 1.0}, images=False),
+        init=(configs.Init(str(tmp_path / "model")),),
+    )
+    run = tmp_path / "run"
+    second = dataclasses.replace(first, name="x-two", init=(configs.Init(str(run / "1-one")),))
+    whole = dataclasses.replace(first, stages=(configs.Stage("one"), configs.Stage("two")))
+    checkpoints.write_config(run, whole)
+    trained = {}
+    for seed, (name, config) in enumerate({"1-one": first, "2-two": second}.items(), 1):
+        mesh = meshes.make(configs.Parallel(), jax.devices()[:1])
+        state = states.create(dataclasses.replace(config, init=()), adaptation.of(config), mesh)
+        trained[name] = leaves(stored.model, seed)
+        state = dataclasses.replace(state, trainable=jax.tree.map(jnp.asarray, trained[name]))
+        with checkpoints.Checkpoints(run / name, config) as saved:
+            saved.save(1, state, types.SimpleNamespace(get_state=dict))
+        (run / name / "report.html").write_text("")
+    convert.main(["convert", "export", str(run), str(tmp_path / "hf")])
+    exported = files.Folder(tmp_path / "hf")
+    assert exported.config["eos_token_id"] == 2
+    np.testing.assert_array_equal(
+        exported.read("model.embed_tokens.weight"), trained["2-two"]["decoder/embedding"]
+    )
+
+
 def test_a_run_that_began_at_random_names_its_family(tmp_path, monkeypatch):
     config = configs.Config("x", configs.Model(decoder=DECODER), configs.Data({"a": 1.0}))
     found = (config, leaves(config.model, 1))
@@ -158,35 +190,3 @@ def test_adapters_go_out_merged_or_in_pefts_format_and_come_in_again(tmp_path, m
     weight = merged.read("model.layers.1.self_attn.k_proj.weight")
     np.testing.assert_allclose(weight, (kernel + 1.5 * a @ b).T, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(merged.read("model.norm.weight"), trained["decoder/norm/scale"])
-
-
-def test_a_run_in_stages_goes_out_to_the_family_that_its_first_stage_came_from(
-    tmp_path, monkeypatch
-):
-    """Its outer folder stands for the last stage that has ended."""
-    stored = write_model(tmp_path / "model")
-    first = configs.Config(
-        name="x-one",
-        model=stored.model,
-        data=configs.Data({"emoji:caption": 1.0}, images=False),
-        init=(configs.Init(str(tmp_path / "model")),),
-    )
-    run = tmp_path / "run"
-    second = dataclasses.replace(first, name="x-two", init=(configs.Init(str(run / "1-one")),))
-    whole = dataclasses.replace(first, stages=(configs.Stage("one"), configs.Stage("two")))
-    checkpoints.write_config(run, whole)
-    trained = {}
-    for seed, (name, config) in enumerate({"1-one": first, "2-two": second}.items(), 1):
-        mesh = meshes.make(configs.Parallel(), jax.devices()[:1])
-        state = states.create(dataclasses.replace(config, init=()), adaptation.of(config), mesh)
-        trained[name] = leaves(stored.model, seed)
-        state = dataclasses.replace(state, trainable=jax.tree.map(jnp.asarray, trained[name]))
-        with checkpoints.Checkpoints(run / name, config) as saved:
-            saved.save(1, state, types.SimpleNamespace(get_state=dict))
-        (run / name / "report.html").write_text("")
-    convert.main(["convert", "export", str(run), str(tmp_path / "hf")])
-    exported = files.Folder(tmp_path / "hf")
-    assert exported.config["eos_token_id"] == 2
-    np.testing.assert_array_equal(
-        exported.read("model.embed_tokens.weight"), trained["2-two"]["decoder/embedding"]
-    )
