@@ -1,8 +1,9 @@
 """Cambrian-1 (Tong et al. 2024, arXiv 2406.16860): four frozen encoders, the Spatial Vision
 Aggregator, 24 x 25 visual tokens, samplers in the decoder.
 
-Variants: `8b` (Llama 3 8B Instruct) or `13b` (Vicuna-1.5); with `align` the first stage. The 34B
-(Yi) is left out. Images of 384 px are 378 here: their last six pixels have no patch.
+Variants: `8b` (Llama 3 8B Instruct) or `13b` (Vicuna-1.5); with `align` the first stage, with
+`stages` both. The 34B (Yi) is left out. Images of 384 px are 378 here: their last six pixels have
+no patch.
 
 The authors' data: 2.5M samples of alignment, then Cambrian-7M: language 21.00 %, general 34.52, OCR
 27.22, counting 8.71, math 7.20, code 0.87, science 0.88, at most 350,000 of a source (README).
@@ -20,17 +21,19 @@ DECODERS = {"8b": "llama3-8b", "13b": "llama2-13b"}
 PAD_384 = Resize("pad", side=384)
 # --version llama_v3 and v1
 TEMPLATES = {"8b": "cambrian", "13b": "vicuna_v1"}
-WORDS = (tuple(DECODERS), ("", "align"))
+WORDS = (tuple(DECODERS), ("", "align", "stages"))
 
 
 @local.variant
 def get_config(variant: str = ""):
-    """The second stage, or the first.
+    """The second stage, or the first, or both.
 
     Raises:
       ValueError: the variant is not known.
     """
     size, stage = common.words("cambrian", variant, *WORDS)
+    if stage == "stages":
+        return common.walk(get_config, f"cambrian-{size}", align=f"{size}-align", tune=size)
     config = llava15.get_config()
     config.name = f"cambrian-{size}"
     config.data.template = TEMPLATES[size]

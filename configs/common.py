@@ -13,6 +13,7 @@ that a batch has as many samples as the recipe's; `data.images_per_row` packs se
 
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 from vlm_jax import config as c
@@ -74,6 +75,11 @@ def system(name: str, model: c.Model, tokens: int, **data: Any):
         eval=c.Eval(every=1000, kinds=("caption", "choice", "yes_no")),
         parallel=c.Parallel(data=1, fsdp=-1),
     )
+
+
+def walk(get_config: Callable[[str], Any], name: str, **variants: str):
+    """A config that walks variants of a file, by the names of its stages."""
+    return c.in_stages(name, **{stage: get_config(said) for stage, said in variants.items()})
 
 
 def put(config, **parts: Any) -> None:

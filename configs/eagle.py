@@ -1,8 +1,8 @@
 """Eagle-X5 (Shi et al. 2024, arXiv 2408.15998): five encoders brought to 32 x 32 and joined along
 channels, a two-layer MLP, Vicuna-1.5.
 
-Variants: `7b` or `13b`; with `align` the first stage. Where it differs from the published system:
-SAM's features are resized, not gathered in squares; EVA-02 has no windows.
+Variants: `7b` or `13b`; with `align` the first stage, with `stages` both. Where it differs from the
+published system: SAM's features are resized, not gathered in squares; EVA-02 has no windows.
 
 The authors' data (README): LLaVA-1.5's LCS-558K; then Eagle-1.8M: LLaVA-1.5's 665K, Open-Hermes
 300K (text alone), LVIS-Instruct4V 220K, LRV-Instruct 150K, Geo170K 120K, ShareGPT-4V 100K, Visual7W
@@ -16,17 +16,19 @@ from vlm_jax.presets.encoder_sizes import published
 from vlm_jax.presets.resizing import Resize
 from vlm_jax.presets.sam import sam
 
-WORDS = (("7b", "13b"), ("", "align"))
+WORDS = (("7b", "13b"), ("", "align", "stages"))
 
 
 @local.variant
 def get_config(variant: str = ""):
-    """The second stage, in which encoders train too, or the first.
+    """The second stage, in which encoders train too, or the first, or both.
 
     Raises:
       ValueError: the variant is not known.
     """
     size, stage = common.words("eagle", variant, *WORDS)
+    if stage == "stages":
+        return common.walk(get_config, f"eagle-{size}", align=f"{size}-align", tune=size)
     config = llava15.get_config(size)
     config.name = f"eagle-{size}"
     put_encoders(config, llava15.PAD)

@@ -3,9 +3,10 @@
 
 Variants: `64` tokens a picture, or `320`, for the picture and the quarters it is cut into; with
 `first` the first of two stages of pre-training, whose pictures have at most 384 px; with `instruct`
-the tuning that follows both. Pictures keep their aspect ratio; small ones are enlarged at random in
-the latter two. Encoder and decoder train by LoRA, as full training diverged, and by DoRA in tuning;
-the rows of the three added tokens are part of the frozen table, while the recipe trains them.
+the tuning that follows both; with `stages` all three. Pictures keep their aspect ratio; small ones
+are enlarged at random in the latter two. Encoder and decoder train by LoRA, as full training
+diverged, and by DoRA in tuning; the rows of the three added tokens are part of the frozen table,
+while the recipe trains them.
 
 The authors' data (section 4.1 and table 14 of the paper): first OBELICS 70 %, pairs (PMD and
 LAION-COCO) 30 %; then OBELICS 45 %, pairs 35 %, pages (OCR-IDL, PDFA, Rendered Text) 20 %; then The
@@ -27,17 +28,20 @@ RESIZE = {
 SMALL = Resize("bounds", filter="bilinear", shortest=378, longest=384)
 # The Perceiver is not decayed, what comes before it is.
 CONNECTOR = c.Rule(r"connector/embed_mlp/.*"), c.Rule(r"connector/.*", weight_decay=0.0)
-WORDS = (("64", "320"), ("", "first", "instruct"))
+WORDS = (("64", "320"), ("", "first", "instruct", "stages"))
 
 
 @local.variant
 def get_config(variant: str = ""):
-    """Pre-training at full resolution, at a low one, or tuning.
+    """Pre-training at full resolution, at a low one, or tuning; or all.
 
     Raises:
       ValueError: the variant is not known.
     """
     tokens, stage = common.words("idefics2", variant, *WORDS)
+    if stage == "stages":
+        each = {"first": f"{tokens}-first", "second": tokens, "instruct": f"{tokens}-instruct"}
+        return common.walk(get_config, f"idefics2-{tokens}", **each)
     config = common.system(
         f"idefics2-{tokens}",
         c.Model(

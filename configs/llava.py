@@ -1,8 +1,9 @@
 """LLaVA 1.0 (Liu et al. 2023, arXiv 2304.08485): 224 px, one linear layer, the first Vicuna.
 
-Variants: `7b` or `13b`; with `align` the first stage. The authors' data: CC3M-595K (filtered
-pairs), then LLaVA-Instruct-158K. Their fine-tuning on ScienceQA (12 epochs, unverified) has no
-variant, nor have their image start and end tokens (`--mm_use_im_start_end` of the first scripts).
+Variants: `7b` or `13b`; with `align` the first stage, with `stages` both. The authors' data:
+CC3M-595K (filtered pairs), then LLaVA-Instruct-158K. Their fine-tuning on ScienceQA (12 epochs,
+unverified) has no variant, nor have their image start and end tokens (`--mm_use_im_start_end` of
+the first scripts).
 """
 
 from configs import common, llava15, local
@@ -10,17 +11,19 @@ from vlm_jax.presets.connectors import Connector
 from vlm_jax.presets.decoders import decoder
 from vlm_jax.presets.encoder_sizes import published
 
-WORDS = (("7b", "13b"), ("", "align"))
+WORDS = (("7b", "13b"), ("", "align", "stages"))
 
 
 @local.variant
 def get_config(variant: str = ""):
-    """The second stage, or the first.
+    """The second stage, or the first, or both.
 
     Raises:
       ValueError: the variant is not known.
     """
     size, stage = common.words("llava", variant, *WORDS)
+    if stage == "stages":
+        return common.walk(get_config, f"llava-{size}", align=f"{size}-align", tune=size)
     config = llava15.get_config(size)
     config.name = f"llava-{size}"
     config.data.template = "llava_v0"

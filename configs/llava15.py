@@ -3,7 +3,7 @@
     python -m vlm_jax.main --config=configs/llava15.py:13b-align --workdir=runs/llava15
 
 Variants: `7b` or `13b`; with `align` the first stage, which trains the projector alone; with `lora`
-the second by LoRA (scripts/v1_5/finetune_lora.sh).
+the second by LoRA (scripts/v1_5/finetune_lora.sh). `stages` and `lora-stages` walk both in one run.
 
 The authors' data (paper, table 7, read in a fact check of it): LCS-558K of LAION, CC and SBU with
 BLIP's captions; then mix665k: LLaVA 158K, ShareGPT 40K (text alone), VQAv2 83K, GQA 72K, OKVQA 9K,
@@ -19,7 +19,7 @@ from vlm_jax.presets.decoders import decoder
 from vlm_jax.presets.encoder_sizes import published
 from vlm_jax.presets.resizing import Resize
 
-WORDS = (("7b", "13b"), ("", "align", "lora"))
+WORDS = (("7b", "13b"), ("", "align", "lora", "stages", "lora-stages"))
 # `image_aspect_ratio` of the scripts: "pad" in the second stage, by default a crop in the first.
 PAD, CROP = Resize("pad"), Resize("crop")
 # blip_laion_cc_sbu_558k.json of scripts/v1_5/pretrain.sh, llava_v1_5_mix665k.json of finetune.sh:
@@ -29,12 +29,15 @@ ALIGN, TUNE = 558_128, 665_298
 
 @local.variant
 def get_config(variant: str = ""):
-    """The second stage, or the first.
+    """The second stage, or the first, or both.
 
     Raises:
       ValueError: the variant is not known.
     """
     size, stage = common.words("llava15", variant, *WORDS)
+    if stage.endswith("stages"):
+        tune = f"{size}-{stage}".removesuffix("-stages")
+        return common.walk(get_config, f"llava15-{tune}", align=f"{size}-align", tune=tune)
     config = common.system(
         f"llava15-{size}",
         c.Model(

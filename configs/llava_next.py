@@ -1,9 +1,9 @@
 """LLaVA-NeXT (Liu et al. 2024): LLaVA-1.5 whose encoder trains too, at a tenth of the rate.
 
-Variants: `vicuna-7b`, `vicuna-13b` or `mistral-7b`; with `align` the first stage, LLaVA-1.5's. A
-picture is its whole and up to four tiles of 336 px, their visual tokens put together line by line.
-The authors' data: LCS-558K, then 760K samples that were not published (LLaVA-1.5's, GPT-4V's
-answers and tasks on documents and charts; all of it unverified).
+Variants: `vicuna-7b`, `vicuna-13b` or `mistral-7b`; with `align` the first stage, LLaVA-1.5's, with
+`stages` both. A picture is its whole and up to four tiles of 336 px, their visual tokens put
+together line by line. The authors' data: LCS-558K, then 760K samples that were not published
+(LLaVA-1.5's, GPT-4V's answers and tasks on documents and charts; all of it unverified).
 """
 
 from configs import common, llava15, local
@@ -31,17 +31,19 @@ TEMPLATES = {
     "vicuna-13b": "vicuna_v1",
     "mistral-7b": "llava_mistral",
 }
-WORDS = (tuple(DECODERS), ("", "align"))
+WORDS = (tuple(DECODERS), ("", "align", "stages"))
 
 
 @local.variant
 def get_config(variant: str = ""):
-    """The second stage, or the first.
+    """The second stage, or the first, or both.
 
     Raises:
       ValueError: the variant is not known.
     """
     size, stage = common.words("llava_next", variant, *WORDS)
+    if stage == "stages":
+        return common.walk(get_config, f"llava_next-{size}", align=f"{size}-align", tune=size)
     config = llava15.get_config()
     config.name = f"llava_next-{size}"
     common.put(

@@ -1,23 +1,25 @@
 """MiniGPT-4 (Zhu et al. 2023, arXiv 2304.10592): all of BLIP-2 frozen, one linear layer trains.
 
-Variants: `7b` or `13b`, the first stage; with `tune` the second, on 3,500 long captions. The
-authors' data: LAION and CC with SBU at 115 to 14, then cc_sbu_align.
+Variants: `7b` or `13b`, the first stage; with `tune` the second, on 3,500 long captions; with
+`stages` both. The authors' data: LAION and CC with SBU at 115 to 14, then cc_sbu_align.
 """
 
 from configs import blip2, common, local
 from vlm_jax.presets.decoders import decoder
 
-WORDS = (("7b", "13b"), ("", "tune"))
+WORDS = (("7b", "13b"), ("", "tune", "stages"))
 
 
 @local.variant
 def get_config(variant: str = ""):
-    """The first stage, or the second.
+    """The first stage, or the second, or both.
 
     Raises:
       ValueError: the variant is not known.
     """
     size, stage = common.words("minigpt4", variant, *WORDS)
+    if stage == "stages":
+        return common.walk(get_config, f"minigpt4-{size}", align=size, tune=f"{size}-tune")
     config = blip2.get_config()
     config.name = f"minigpt4-{size}"
     common.put(config, decoder=decoder(f"llama1-{size}"))

@@ -2,7 +2,8 @@
 
 The second stage, which trains the decoder's queries and values by LoRA and nothing else; `full` is
 the same with all of the decoder (train_it_wo_lora.sh); `align` is the first, which trains encoder
-and abstractor. The paper says that the second trains the abstractor too; the code does not.
+and abstractor; `stages` walks the first and the second. The paper says that the second trains the
+abstractor too; the code does not.
 
 The authors' data: LAION-400M, COYO, CC and COCO for the first stage (unverified); then 361,481
 samples of Alpaca, Vicuna and Baize, without pictures, and of LLaVA-Instruct (their number:
@@ -16,17 +17,19 @@ from vlm_jax.presets.decoders import decoder
 from vlm_jax.presets.encoder_sizes import published
 from vlm_jax.presets.resizing import SQUASH
 
-WORDS = (("", "full", "align"),)
+WORDS = (("", "full", "align", "stages"),)
 
 
 @local.variant
 def get_config(variant: str = ""):
-    """The second stage, or the first.
+    """The second stage, or the first, or both.
 
     Raises:
       ValueError: the variant is not known.
     """
     (stage,) = common.words("mplug_owl", variant, *WORDS)
+    if stage == "stages":
+        return common.walk(get_config, "mplug_owl", align="align", tune="")
     config = common.system(
         "mplug_owl",
         c.Model(

@@ -1,7 +1,7 @@
 """SmolVLM (Marafioti et al. 2025, arXiv 2504.05299): Idefics3 with SmolLM2.
 
 Variants: `256m`, `500m` or `2.2b`, the second stage, in which all of it trains; with `first` the
-first, by DoRA, and with `instruct` the third.
+first, by DoRA, with `instruct` the third, and with `stages` all.
 
 Figures are those of the authors' configs, smollm's vision/experiments/pretraining/vloom: tr_341 and
 345 and 346 of 256m, 343 and 347 and 349 of 500m, 348 and 350 of 2.2b, which has no third one there.
@@ -24,17 +24,20 @@ SIZES = {
     "500m": (SMALL, 4, "smollm2-360m", 49_280),
     "2.2b": (LARGE, 3, "smollm2-1.7b", 49_155),
 }
-WORDS = (tuple(SIZES), ("", "first", "instruct"))
+WORDS = (tuple(SIZES), ("", "first", "instruct", "stages"))
 
 
 @local.variant
 def get_config(variant: str = ""):
-    """The second stage, the first, or the third.
+    """The second stage, the first, or the third; or all.
 
     Raises:
       ValueError: the variant is not known.
     """
     size, stage = common.words("smolvlm", variant, *WORDS)
+    if stage == "stages":
+        each = {"first": f"{size}-first", "second": size, "instruct": f"{size}-instruct"}
+        return common.walk(get_config, f"smolvlm-{size}", **each)
     encoder, factor, name, vocab = SIZES[size]
     config = idefics3.get_config()
     config.name = f"smolvlm-{size}"

@@ -20,8 +20,8 @@ What their configs resolve to: `PYTHONPATH=. python tests/make_recipes_table.py`
 and a test says when it is out of date. The source of every figure stands beside it in the config;
 "unverified" are figures of papers and model cards whose text was not at hand, "ours" what no source
 says. A batch is so many rows of so many tokens; where a row has room for several images, samples
-are packed into it. Parameters are those of a row's first variant. AdamW's epsilon is 1e-8 but for
-mPLUG-Owl's first stage.
+are packed into it. A variant with `stages` has no row: it walks others. Parameters are those of a
+row's first variant. AdamW's epsilon is 1e-8 but for mPLUG-Owl's first stage.
 """
 COLUMNS = (
     *("variants", "trains, in millions", "batch", "tokens", "images", "pixels", "template"),
@@ -48,8 +48,8 @@ def section(file: str) -> str:
     """What a config says of itself, and a table of its variants, like ones in one row."""
     alike = collections.defaultdict(list)
     for name in systems.systems():
-        if name.partition(":")[0] == file:
-            config = systems.config(name)
+        config = systems.config(name)
+        if name.partition(":")[0] == file and not config.stages:
             alike[_data(config), _train(config), config.adaptation].append(name)
     table = [COLUMNS, ("---",) * len(COLUMNS)]
     for (data, train, _), names in alike.items():

@@ -7,7 +7,7 @@ import importlib
 import json
 import math
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from configs import common
@@ -32,8 +32,8 @@ def systems() -> list[str]:
 
 
 def local() -> list[str]:
-    """The same variants at sizes for a CPU."""
-    return [f"{name}-local".replace(":-", ":") for name in systems()]
+    """The same variants at sizes for a CPU, and those of FIRST."""
+    return [f"{name}-local".replace(":-", ":") for name in [*systems(), *FIRST]]
 
 
 def structures(names: Iterable[str]) -> list[str]:
@@ -77,14 +77,40 @@ def counts(model: c.Model) -> dict[str, int]:
 
 
 def golden() -> dict[str, Any]:
-    """What a golden file holds: each config as its difference from the defaults, and those."""
+    """What a golden file holds: each config as its difference from the defaults, those, and what is
+    smaller in local variants."""
     defaults: dict[str, dict[str, Any]] = {}
     others = [f"{path.stem}:" for path in sorted(CONFIGS.glob("*.py")) if path.stem in OURS]
     names = [*systems(), *FIRST, *others]
     return {
         "configs": {name: _stated(config(name), defaults) for name in names},
         "defaults": defaults,
+        "local": _local(),
     }
+
+
+def _local() -> dict[str, dict[str, Any]]:
+    """What differs between variants and those at sizes for a CPU, by the names of those alike; of
+    those in stages nothing, as each stage is another variant."""
+    alike: dict[str, list[str]] = {}
+    for name, small in zip([*systems(), *FIRST], local(), strict=True):
+        if config(name).stages:
+            continue
+        made = dict(_changed(*map(schema.plain, (config(name), config(small)))))
+        alike.setdefault(json.dumps(made), []).append(name)
+    return {" ".join(names): json.loads(made) for made, names in alike.items()}
+
+
+def _changed(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted paths of what differs, and the new values; of names, nothing."""
+    if isinstance(new, dict):
+        for key, value in new.items():
+            yield from _changed(old[key], value, f"{path}.{key}".lstrip("."))
+    elif isinstance(new, tuple) and any(isinstance(value, dict) for value in new):
+        for place, (was, value) in enumerate(zip(old, new, strict=True)):
+            yield from _changed(was, value, f"{path}.{place}")
+    elif old != new and path != "name":
+        yield path, new
 
 
 def _stated(value: Any, defaults: dict[str, dict[str, Any]]) -> Any:
@@ -96,10 +122,26 @@ def _stated(value: Any, defaults: dict[str, dict[str, Any]]) -> Any:
             {k: _plain(d) for k, d in known.items() if d is not dataclasses.MISSING},
         )
         given = {k: getattr(value, k) for k in known}
-        return {k: _stated(v, defaults) for k, v in given.items() if v != known[k] or k == "kind"}
+        found = {k: _stated(v, defaults) for k, v in given.items() if v != known[k] or k == "kind"}
+        staged = isinstance(value, c.Config) and value.stages
+        return found | ({"stages": _stages(value, defaults)} if staged else {})
     if isinstance(value, dict):
         return {k: _stated(v, defaults) for k, v in value.items()}
     return [_stated(v, defaults) for v in value] if isinstance(value, tuple) else value
+
+
+def _stages(config: c.Config, defaults: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """By stage what it changes, as the config that it resolves to has it."""
+    return {
+        stage.name: {path: _stated(_at(each, path), defaults) for path in stage.changes}
+        for stage, each in zip(config.stages, c.walked(config), strict=True)
+    }
+
+
+def _at(tree: Any, path: str) -> Any:
+    for name in path.split("."):
+        tree = getattr(tree, name) if dataclasses.is_dataclass(tree) else tree[name]
+    return tree
 
 
 def _default(field: dataclasses.Field) -> Any:

@@ -4,7 +4,10 @@ import dataclasses
 import pathlib
 import subprocess
 import sys
+import types
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import flags
@@ -13,10 +16,12 @@ from vlm_jax import config as configs
 from vlm_jax import convert
 from vlm_jax.errors import ConfigError
 from vlm_jax.models import params
+from vlm_jax.parallel import mesh as meshes
 from vlm_jax.presets.connectors import Connector
 from vlm_jax.presets.decoders import Decoder
 from vlm_jax.presets.encoders import Encoder
 from vlm_jax.training import adaptation, checkpoints
+from vlm_jax.training import state as states
 from vlm_jax.weights import files, store
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -80,6 +85,38 @@ def test_a_trained_run_goes_out_to_the_family_it_came_from(tmp_path, monkeypatch
         exported.read("model.embed_tokens.weight"), trained["decoder/embedding"]
     )
     assert exported.config["eos_token_id"] == 2
+
+
+def test_a_run_in_stages_goes_out_to_the_family_that_its_first_stage_came_from(
+    tmp_path, monkeypatch
+):
+    """Its outer folder stands for the last stage that has ended."""
+    stored = write_model(tmp_path / "model")
+    first = configs.Config(
+        name="x-one",
+        model=stored.model,
+        data=configs.Data({"emoji:caption": 1.0}, images=False),
+        init=(configs.Init(str(tmp_path / "model")),),
+    )
+    run = tmp_path / "run"
+    second = dataclasses.replace(first, name="x-two", init=(configs.Init(str(run / "1-one")),))
+    whole = dataclasses.replace(first, stages=(configs.Stage("one"), configs.Stage("two")))
+    checkpoints.write_config(run, whole)
+    trained = {}
+    for seed, (name, config) in enumerate({"1-one": first, "2-two": second}.items(), 1):
+        mesh = meshes.make(configs.Parallel(), jax.devices()[:1])
+        state = states.create(dataclasses.replace(config, init=()), adaptation.of(config), mesh)
+        trained[name] = leaves(stored.model, seed)
+        state = dataclasses.replace(state, trainable=jax.tree.map(jnp.asarray, trained[name]))
+        with checkpoints.Checkpoints(run / name, config) as saved:
+            saved.save(1, state, types.SimpleNamespace(get_state=dict))
+        (run / name / "report.html").write_text("")
+    convert.main(["convert", "export", str(run), str(tmp_path / "hf")])
+    exported = files.Folder(tmp_path / "hf")
+    assert exported.config["eos_token_id"] == 2
+    np.testing.assert_array_equal(
+        exported.read("model.embed_tokens.weight"), trained["2-two"]["decoder/embedding"]
+    )
 
 
 def test_a_run_that_began_at_random_names_its_family(tmp_path, monkeypatch):

@@ -35,6 +35,12 @@ SMALLER = {
 def test_the_recipe_is_that_of_the_published_system(name):
     small, whole = systems.config(name), systems.config(name.removesuffix("local").rstrip("-"))
     assert small.name == f"{whole.name}-local"
+    for one, other in zip(c.walked(small), c.walked(whole), strict=True):
+        _is_smaller(one, other)
+
+
+def _is_smaller(small: c.Config, whole: c.Config) -> None:
+    """Asserts that one config is the other at sizes for a CPU."""
     assert small.adaptation == whole.adaptation
     assert small.train.warmup_steps == max(
         1, round(whole.train.warmup_steps * small.train.steps / whole.train.steps)
@@ -42,9 +48,8 @@ def test_the_recipe_is_that_of_the_published_system(name):
     for part, fields in SMALLER.items():
         same = {field: getattr(getattr(whole, part), field) for field in fields}
         assert dataclasses.replace(getattr(small, part), **same) == getattr(whole, part)
-    assert small.data.augment.upscale[1] < 100 and dataclasses.replace(
-        small.data.augment, upscale=whole.data.augment.upscale
-    ) == (whole.data.augment)
+    augment = dataclasses.replace(small.data.augment, upscale=whole.data.augment.upscale)
+    assert augment == whole.data.augment
     # Nothing but numbers, none of which is 0 where it was not.
     kept = {"dtype": "float32", "remat": False}
     assert systems.numberless(small.model) == systems.numberless(_with(whole.model, kept))
@@ -89,7 +94,7 @@ def losses(config: c.Config, count: int) -> list[float]:
     [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in STRUCTURES],
 )
 def test_it_compiles_and_learns_a_batch(name):
-    found = losses(systems.config(name), 5)
+    found = losses(systems.config(name), 3)
     # The first step is the warm-up's, at a rate of 0.
     assert np.isfinite(found).all() and found[1] == pytest.approx(found[0], rel=1e-5)
     assert found[-1] < found[1]
@@ -101,8 +106,9 @@ def test_the_whole_program_runs(name, tmp_path):
     code, output = finish(f"--config=configs/{name.replace(':', '.py:')}", f"--workdir={tmp_path}")
     assert code == 0, output
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert max(row["step"] for row in rows) == local.STEPS
-    assert all(math.isfinite(row.get("train/loss", 0.0)) for row in rows)
+    found = {row["step"]: row["loss"] for row in rows if "loss" in row}
+    assert sorted(found) == list(range(1, local.STEPS + 1))
+    assert all(map(math.isfinite, found.values())) and found[local.STEPS] < found[1]
     assert (tmp_path / "report.html").exists()
 
 

@@ -156,3 +156,51 @@ def test_a_trained_run_answers_through_generate_and_load(unbroken):
     )
     assert answer.stdout.strip() == vlm_jax.load(unbroken).generate([picture], [""])[0]
     assert (unbroken / "report.html").stat().st_size > 100_000
+
+
+# The connector alone; then LoRA over its averages, on pictures of 6 x 6 patches instead of 4 x 4.
+STAGES = [
+    "--config=configs/llava15.py:lora-stages-local",
+    "--config.checkpoint.every=2",
+    "--config.eval.every=0",
+    "--config.eval.final_examples=2",
+    "--config.eval.max_new_tokens=4",
+    "--stage=align.train.steps=12",
+    "--stage=align.train.ema=0.5",
+    "--stage=tune.train.steps=8",
+    "--stage=tune.eval.kinds=('caption',)",
+    "--stage=tune.model.encoder.image_size=84",
+]
+
+
+@pytest.mark.slow
+def test_stages_that_are_killed_and_stopped_end_bit_for_bit_like_those_that_are_not(tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    code, output = finish(*STAGES, f"--workdir={whole}")
+    assert code == 0, output
+
+    def until(due, number: int) -> int:
+        process = start(
+            *STAGES, f"--workdir={broken}", stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        while not due() and process.poll() is None:
+            time.sleep(0.001)
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=600)
+        assert process.returncode in (-signal.SIGKILL, 75), output
+        return process.returncode
+
+    first, second = broken / "1-align", broken / "2-tune"
+    assert until(lambda: steps_done(first) >= 3, signal.SIGTERM) == 75
+    until(lambda: (first / "report.html").exists(), signal.SIGKILL)
+    until(lambda: steps_done(second) >= 3, signal.SIGKILL)
+    code, output = finish(*STAGES, f"--workdir={broken}")
+    assert code == 0 and "stage 1-align has ended" in output, output
+    for name in ("1-align", "2-tune"):
+        assert lines(broken / name) == lines(whole / name)
+        theirs, ours = state(whole / name), state(broken / name)
+        assert theirs.keys() == ours.keys()
+        for path, array in theirs.items():
+            assert array.tobytes() == ours[path].tobytes(), path
+    code, output = finish(*STAGES, f"--workdir={whole}", "--config.data.template=plain")
+    assert code == 78 and "--stage=align.data.template=..." in output

@@ -14,7 +14,7 @@ from configs import common
 from vlm_jax import config as c
 from vlm_jax.data import pipeline
 from vlm_jax.models import params
-from vlm_jax.training import adaptation, objectives, schedules
+from vlm_jax.training import adaptation, initial, objectives, schedules, stages
 
 GOLDEN = pathlib.Path(__file__).parent / "goldens" / "configs.json"
 SYSTEMS = systems.systems()
@@ -81,6 +81,33 @@ def test_every_variant_resolves_trains_what_it_says_and_is_built(file):
             assert parts.keys() - {"samplers"} == {"encoder", "connector", "decoder", "total"}
             shown = "".join(f"{part:>11}{size / 1e6:10.1f}" for part, size in parts.items())
             print(f"{name:24}{shown}{len(plan.lr):>6} leaves train")
+
+
+STAGED = [name for name in SYSTEMS if name.endswith("stages")]
+
+
+@pytest.mark.parametrize("name", STAGED)
+def test_stages_are_the_variants_of_their_file_and_each_starts_from_the_last(name, tmp_path):
+    """But for their names, where they start, and the baseline, which is the last one's."""
+    config, file = systems.config(name), name.partition(":")[0]
+    alone = [systems.config(other) for other in SYSTEMS if other.partition(":")[0] == file]
+    bare = lambda x: dataclasses.replace(  # noqa: E731
+        x, name="", eval=dataclasses.replace(x.eval, text_only_steps=0)
+    )
+    known = [bare(other) for other in alone if not other.stages]
+    stages_ = c.walked(config)
+    assert all(bare(stage) in known for stage in stages_)
+    assert len({repr(stage) for stage in map(bare, stages_)}) == len(stages_) > 1
+    assert bare(dataclasses.replace(config, stages=())) == bare(stages_[-1])
+    left = None
+    for run in stages.of(config, tmp_path):
+        planned = {} if left is None else {run.config.init[0].folder: left}
+        found = initial.shapes(run.config, planned)
+        flat = params.abstract(run.config.model)
+        assert left is None or {p: f.shape for p, f in found.items()} == {
+            p: f.shape for p, f in flat.items()
+        }
+        left = initial.Source(run.config.model, flat, dict)
 
 
 @pytest.mark.parametrize("name", COUNTED)
@@ -161,6 +188,7 @@ def test_configs_are_as_recorded():
     """tests/make_config_goldens.py records them anew; new fields with defaults change nothing."""
     recorded, found = json.loads(GOLDEN.read_text()), systems.golden()
     assert json.loads(json.dumps(found["configs"])) == recorded["configs"]
+    assert found["local"] == recorded["local"]
     for kind, fields in recorded["defaults"].items():
         known = found["defaults"][kind]
         assert {field: known.get(field) for field in fields} == fields, kind

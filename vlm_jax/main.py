@@ -32,7 +32,9 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 _BRANCH_FROM = flags.DEFINE_string("branch_from", None, "Folder of the run to branch off.")
 _BRANCH_AT = flags.DEFINE_integer("branch_at", None, "Step to branch off at; it has a checkpoint.")
-_STAGE = flags.DEFINE_multi_string("stage", [], "Change of one stage: NAME.FIELD=VALUE; repeat.")
+_STAGE = flags.DEFINE_multi_string(
+    "stage", [], "Change of one stage: NAME.FIELD=VALUE; repeat.", allow_override=True
+)
 flags.mark_flags_as_required(["config", "workdir"])
 
 

@@ -7,6 +7,7 @@ python -m vlm_jax.prepare run PATH --format=messages --out=DIR [--images=DIR] [-
     [--engine=beam --beam_options="--runner=..."]
 python -m vlm_jax.prepare check DIR
 python -m vlm_jax.prepare show --config=configs/tiny.py [--batches=N] [--rows=N] [--out=FILE.html]
+    [--of=STAGE] [--stage=STAGE.FIELD=VALUE ...]
 
 `validate` names what is wrong with a corpus of one's own, record by record and by the reasons that
 a run would count: 0 where nothing is, 65 otherwise. `run` writes what can be used as ArrayRecord
@@ -37,6 +38,7 @@ from collections.abc import Sequence
 from absl import flags
 from ml_collections import config_flags
 
+from vlm_jax import config as configs
 from vlm_jax import doors
 from vlm_jax.config import Corpus
 from vlm_jax.errors import ConfigError, DataError, StorageError
@@ -66,6 +68,10 @@ _BEAM_OPTIONS = flags.DEFINE_string("beam_options", "", "run: for Beam, as on a 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "show: file of configs/.", allow_override=True
 )
+_STAGE = flags.DEFINE_multi_string(
+    "stage", [], "show: change of one stage, NAME.FIELD=VALUE; repeat.", allow_override=True
+)
+_OF = flags.DEFINE_string("of", "", "show: which of a config's stages; by default the last.")
 _BATCHES = flags.DEFINE_integer("batches", 4, "show: how many.", lower_bound=1)
 _ROWS = flags.DEFINE_integer("rows", 16, "show: rows drawn of each batch.", lower_bound=0)
 _DECODE = flags.DEFINE_bool("decode", False, "Also decode every image, not its header alone.")
@@ -182,7 +188,8 @@ def show() -> None:
     """
     if _CONFIG.value is None:
         raise ConfigError("show needs --config=FILE, a file of configs/")
-    config = doors.config(_CONFIG)
+    whole = configs.overridden(doors.config(_CONFIG), _STAGE.value)
+    config = configs.one_stage(whole, _OF.value)
     from vlm_jax.data import pipeline, showing
 
     path = doors.folder(_OUT.value or "show.html")

@@ -1,5 +1,6 @@
 """The embedded tokenizer, and others by their tokenizer.json."""
 
+import dataclasses
 import hashlib
 import pathlib
 
@@ -33,6 +34,26 @@ def test_embedded_tokenizer_round_trips_text_and_knows_its_specials():
 def test_special_tokens_spelled_out_in_text_stay_text():
     tok = tokenizer.load("embedded")
     assert not {0, 1, 2, 3, 4, 5} & set(tok.encode("a<eos><image><user> b"))
+
+
+def test_the_embedded_tokenizer_has_the_special_tokens_of_the_config_s_template(small):
+    plain = tokenizer.load("embedded")
+    same = tokenizer.for_config(small(template="tiny"))
+    assert (same.size, same.fingerprint) == (plain.size, plain.fingerprint)
+    config = small(template="chatml")
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(
+            config.model, decoder=dataclasses.replace(config.model.decoder, vocab=3074)
+        ),
+    )
+    made = tokenizer.for_config(config)
+    assert [made.special(mark) for mark in ("<|im_start|>", "<|im_end|>")] == [3072, 3073]
+    assert made.size == 3074 and made.fingerprint != plain.fingerprint
+    # Spelled out in a text, they are text.
+    assert made.encode("a<|im_end|> fox") == plain.encode("a<|im_end|> fox")
+    with pytest.raises(ConfigError, match=r"decoder.vocab is 3072; .* needs at least 3074"):
+        tokenizer.for_config(small(template="chatml"))
 
 
 def test_starts_are_characters_of_the_text():

@@ -3,16 +3,19 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from flax import nnx
 
 from vlm_jax import config as configs
 from vlm_jax.errors import ConfigError
-from vlm_jax.models import adapters, params
-from vlm_jax.parallel import mesh
+from vlm_jax.models import adapters, grids, params
+from vlm_jax.models.vit import Vit
+from vlm_jax.parallel import mesh, sharding
 from vlm_jax.presets.fusion import CrossAttention
-from vlm_jax.training import adaptation
+from vlm_jax.training import adaptation, initial
 from vlm_jax.training import state as states
 from vlm_jax.training import step as steps
 from vlm_jax.weights import files, peft, store
@@ -121,6 +124,86 @@ def test_added_tokens_train_while_the_table_that_they_extend_stays_frozen(tmp_pa
     assert state.trainable.keys() == {"decoder/added_embedding"}
     assert not np.array_equal(before[1], state.trainable["decoder/added_embedding"][1])
     np.testing.assert_array_equal(state.frozen["decoder/embedding"], leaves["decoder/embedding"])
+
+
+def grown(method="bicubic", **fields):
+    """An encoder of 2 x 3 patches with a class token, and itself at 4 x 5."""
+    small = dataclasses.replace(
+        tiny.MODEL.encoder,
+        image_size=(8, 12),
+        class_token=True,
+        position_resize=method,
+        **fields,
+    )
+    return small, dataclasses.replace(small, image_size=(16, 20))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_positions_of_another_grid_are_what_the_encoder_would_read_from_the_old_table(
+    tmp_path, dtype
+):
+    small, large = grown()
+    towers = [configs.Model(extra_encoders=(e,), encoder=e) for e in (small, large)]
+    leaves = folder(tmp_path / "tower", towers[0], dtype)
+    config = dataclasses.replace(
+        tiny.config(dataclasses.replace(tiny.MODEL, encoder=large, extra_encoders=(large,))),
+        init=(configs.Init(str(tmp_path / "tower"), "extra_encoders/0", "encoder"),),
+        adaptation=(configs.Rule("extra_encoders/.*", "frozen"), configs.Rule(".*")),
+    )
+    made = mesh.make(configs.Parallel(data=1, fsdp=2), jax.devices()[:2])
+    places = sharding.named(made, adaptation.of(config).shapes, params.axes)
+    assert initial.shapes(config)["extra_encoders/0/positions"].shape == (21, 16)
+    found = initial.load(config, places)
+    table = found.pop("extra_encoders/0/positions")
+    assert (table.shape, table.dtype) == ((21, 16), dtype)
+    assert table.sharding == places["extra_encoders/0/positions"]
+    for path, leaf in found.items():
+        np.testing.assert_array_equal(leaf, leaves[path.replace("extra_encoders/0", "encoder")])
+    old = leaves["encoder/positions"].astype(np.float32)
+    read = Vit(dataclasses.replace(large, position_grid=(2, 3)), nnx.Rngs(0))
+    read.positions[...] = jnp.asarray(old)
+    wanted = np.concatenate([old[:1], read._positions(grids.all_places((4, 5)))[0]])
+    np.testing.assert_allclose(
+        table.astype(np.float32), wanted, atol=2e-3 if dtype == np.float16 else 1e-6
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "mode", "antialias"),
+    [
+        ("bicubic", "bicubic", False),  # as `interpolate_pos_encoding` of transformers
+        ("bicubic_antialias", "bicubic", True),
+        ("bilinear_antialias", "bilinear", True),
+    ],
+)
+@pytest.mark.parametrize("backwards", [False, True])
+def test_tables_of_positions_are_resized_as_torch_does(method, mode, antialias, backwards):
+    import torch
+
+    old, new = grown(method)[:: -1 if backwards else 1]
+    table = np.random.default_rng(0).normal(size=(1 + old.patches, 16)).astype(np.float32)
+    grid = torch.tensor(table[1:]).reshape(1, *old.grid, 16).permute(0, 3, 1, 2)
+    theirs = torch.nn.functional.interpolate(
+        grid, new.grid, mode=mode, antialias=antialias, align_corners=False
+    )
+    theirs = theirs.permute(0, 2, 3, 1).reshape(-1, 16).numpy()
+    ours = initial.regridded(table, old, new)
+    np.testing.assert_array_equal(ours[:1], table[:1])
+    np.testing.assert_allclose(ours[1:], theirs, atol=2e-6)
+
+
+def test_tables_that_differ_in_more_than_their_grid_are_refused(tmp_path):
+    small, large = grown()
+    folder(tmp_path / "tower", configs.Model(small))
+    for changes in ({"class_token": False}, {"width": 32}):
+        other = dataclasses.replace(large, **changes)
+        config = tiny.config(
+            dataclasses.replace(tiny.MODEL, encoder=other),
+            init=(configs.Init(str(tmp_path / "tower"), "encoder"),),
+        )
+        with pytest.raises(ConfigError, match="presets are not those"):
+            initial.shapes(config)
 
 
 def test_gated_blocks_are_drawn_where_the_folder_has_none_and_read_where_it_has(tmp_path):

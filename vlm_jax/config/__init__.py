@@ -15,6 +15,7 @@ from vlm_jax.config.checks import CHOICES as CHOICES
 from vlm_jax.config.checks import check as check
 from vlm_jax.config.checks import check_model as check_model
 from vlm_jax.config.stages import in_stages as in_stages
+from vlm_jax.config.stages import one_stage as one_stage
 from vlm_jax.config.stages import overridden as overridden
 from vlm_jax.config.stages import refuse_hidden as refuse_hidden
 from vlm_jax.config.stages import walked as walked

@@ -61,6 +61,22 @@ def _resolved(base: dict[str, Any], stage: Stage, first: bool, last: bool) -> Co
     return found
 
 
+def one_stage(config: Config, name: str = "") -> Config:
+    """The config of a stage by its name, by default of the last one.
+
+    Raises:
+      ConfigError: there is no such stage.
+    """
+    names = [stage.name for stage in config.stages]
+    if name and name not in names:
+        raise ConfigError(f"{config.name} has no stage {name!r}; it has: {_known(names)}")
+    return walked(config)[names.index(name) if name else -1]
+
+
+def _known(names: Iterable[str]) -> str:
+    return ", ".join(names) or "none"
+
+
 def _check_names(names: Sequence[str]) -> None:
     for i, name in enumerate(names):
         if not NAME.fullmatch(name) or name in names[:i]:
@@ -149,10 +165,9 @@ def overridden(config: Config, said: Iterable[str]) -> Config:
         target, equals, text = each.partition("=")
         name, dot, path = target.partition(".")
         if not (equals and dot) or name not in stages:
-            known = ", ".join(stages) or "none"
             raise ConfigError(
                 f"--stage={each}; expected STAGE.FIELD=VALUE, where the stages of "
-                f"{config.name} are: {known}"
+                f"{config.name} are: {_known(stages)}"
             )
         changes = {**stages[name].changes, path: schema.plain(_literal(text))}
         stages[name] = Stage(name, changes)

@@ -189,7 +189,8 @@ class Data:
       schedule: mixtures that follow the first one.
       loss_weights: factor of the loss weights of a source's tokens, by its name; 1 without.
       corpora: corpora of files by the name that the mixture calls them.
-      tokenizer: "embedded", or the path of a Hugging Face tokenizer.json.
+      tokenizer: "embedded", which has the template's special tokens too, or the path of a Hugging
+        Face tokenizer.json.
       template: name of a chat template, a row of `data.templates.TEMPLATES`.
       attention: "causal", or "prefix" (prompt tokens, images among them, see each other).
       images: False trains the same config without images (the text-only baseline).
@@ -403,8 +404,9 @@ class Init:
 
     Attributes:
       folder: what `python -m vlm_jax.convert import` wrote; or the folder of a run, of which the
-        newest checkpoint is read; or an adapter in PEFT's format, for the part that an entry above
-        it names.
+        newest checkpoint is read, of one in stages that of the last which has ended; or an adapter
+        in PEFT's format, for the part that an entry above it names. An encoder's learned positions
+        are resized where its grid is another one.
       part: which parameters: "encoder", "connector", "decoder", "extra_encoders/0"; "" = all.
       source: what the part is called in that folder, if otherwise.
     """

@@ -26,6 +26,7 @@ from vlm_jax.training import state as states
 from vlm_jax.training import step as steps
 from vlm_jax.training.initial import Source
 from vlm_jax.training.stages import Run
+from vlm_jax.training.state import State
 
 
 def check(runs: Sequence[Run], hint: str = "") -> None:
@@ -44,11 +45,14 @@ def check(runs: Sequence[Run], hint: str = "") -> None:
     planned: dict[str, Source] = {}
     for run in runs:
         _refuse_other(run)
-        if not run.ended:
-            try:
-                planned[str(run.folder)] = _planned(run, hint, planned)
-            except VlmError as error:
-                raise type(error)(f"stage {run.folder.name}: {error}") from error
+        if run.ended:
+            continue
+        try:
+            state = _fitting(run, hint, planned)
+            if run is not runs[-1]:
+                planned[str(run.folder)] = _left(run, state)
+        except VlmError as error:
+            raise type(error)(f"stage {run.folder.name}: {error}") from error
 
 
 def _refuse_other(run: Run) -> None:
@@ -62,8 +66,8 @@ def _refuse_other(run: Run) -> None:
     checkpoints.refuse_other_config(saved, run.config, run.folder)
 
 
-def _planned(run: Run, hint: str, planned: Mapping[str, Source]) -> Source:
-    """What a stage will leave to the next, once it was looked at."""
+def _fitting(run: Run, hint: str, planned: Mapping[str, Source]) -> State:
+    """A stage's state, abstract, once all about it was looked at."""
     config = run.config
     schedules.make(config.train)
     mesh, plan = meshes.make(config.parallel), adaptation.of(config)
@@ -75,11 +79,16 @@ def _planned(run: Run, hint: str, planned: Mapping[str, Source]) -> Source:
     if jax.process_index() == 0:
         size = adaptation.readable(sum(parts.values()))
         print(f"stage {run.folder.name}: {config.train.steps} steps, {size} per device")
+    return state
+
+
+def _left(run: Run, state: State) -> Source:
+    """What a stage will leave to the next."""
     leaves = {
         path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
         for path, leaf in state.evaluated().items()
     }
-    return initial.of_run(config.model, leaves, _unread)
+    return initial.of_run(run.config.model, leaves, _unread)
 
 
 def _open_data(config: Config) -> None:
