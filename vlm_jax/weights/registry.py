@@ -264,8 +264,8 @@ SHARED_TYPES = {blip_2_retrieval.ARCHITECTURE: "blip-2-retrieval"}
 def kind_of(hf: Mapping[str, Any]) -> Any:
     """Which family the folder with this config.json is of: its model_type as a rule."""
     named = hf.get("architectures")
-    first = named[0] if isinstance(named, list) and named else None
-    return SHARED_TYPES.get(first) if first in SHARED_TYPES else hf.get("model_type")
+    first = str(named[0]) if isinstance(named, list) and named else ""
+    return SHARED_TYPES.get(first, hf.get("model_type"))
 
 
 def family(model_type: Any) -> Family:
