@@ -46,7 +46,9 @@ Side = Callable[[Path], Iterator[int]]
 def bare(folder: Path) -> Iterator[int]:
     """Decode and resize alone."""
     for data in itertools.cycle(_jpegs(folder)):
-        images.fit(images.picture(data), ENCODER)
+        picture = images.picture(data)
+        plans = images.plans((picture.height, picture.width), (ENCODER,))
+        images.see(picture, plans, (ENCODER,))
         yield 1
 
 

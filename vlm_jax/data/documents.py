@@ -25,9 +25,8 @@ class Document:
       key, source: of the Example.
       tokens, loss_weights, blocks, visual_index, image_index: as in a Batch, the indices counted
         from the document's own first image.
-      pixels: of each image, [h, w, 3], float32 and normalised, or bytes (`images.View`); zeros for
-        one that could not be used, as large as its header says, or as the encoder's own if there is
-        none.
+      pixels: of each image, [h, w, 3], bytes or floats (`images.dtype`); zeros for one that could
+        not be used, as large as its header says, or as the encoder's own if there is none.
       extra_pixels: the same images for each of `model.extra_encoders`.
       texts: int32 [n, S], the second text of each image, 0 = padding.
       rejects: why the sample is not learned from, e.g. ("truncated",); its loss weights and texts

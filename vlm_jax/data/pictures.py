@@ -66,8 +66,9 @@ class Pictures:
 
     def blank(self, index: int) -> tuple[Views, ...]:
         """Views of the same sizes without content."""
+        dtype = images.dtype(self._change[0])
         return tuple(
-            tuple(np.zeros((*size, 3), np.float32) for size in plan.sizes)
+            tuple(np.zeros((*size, 3), dtype) for size in plan.sizes)
             for plan in self._plan(index).plans
         )
 
