@@ -1,11 +1,13 @@
 """Exact packing: whole documents share rows of static shape, and nothing is split or cut."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
+from jaxtyping import Int
 
 from vlm_jax.batch import Batch, Images
 from vlm_jax.config import Config
@@ -191,8 +193,7 @@ def _no_images(shape: Shape, encoder: Encoder, shared: int) -> Images:
     places = np.zeros((shape.rows, patches, 2), np.int32)
     if not encoder.max_patches:
         # Every slot owns the same patches in every row; empty ones keep image -1.
-        own = np.indices(encoder.grid, dtype=np.int32).reshape(2, -1).T
-        places[:] = np.tile(own, (shape.images, 1))
+        places[:] = np.tile(_positions(encoder.grid), (shape.images, 1))
     return Images(
         grids,
         patches=np.empty((shape.rows, patches, encoder.patch**2 * 3), shape.dtype),
@@ -227,6 +228,12 @@ def _fill(batch: Batch, row: int, documents: Sequence[Document], shape: Shape) -
             for slot, view in enumerate(pictures, start=image):
                 _place(images, row, slot, _of(shape.dtype, view, encoder), encoder)
         token, image = end, last_image
+
+
+@functools.lru_cache(maxsize=1024)
+def _positions(grid: tuple[int, int]) -> Int[np.ndarray, "P 2"]:
+    """Row and column of each patch, in reading order."""
+    return np.indices(grid, np.int32).reshape(2, -1).T
 
 
 def _clear(images: Images) -> None:
@@ -267,5 +274,5 @@ def _place(images: Images, row: int, slot: int, view: View, encoder: Encoder) ->
     here = (row, slice(start, start + count))
     images.grids[row, slot] = grid
     put_patches(view, encoder.patch, images.patches[here])
-    images.patch_positions[here] = np.indices(grid).reshape(2, -1).T
+    images.patch_positions[here] = _positions(grid)
     images.patch_images[here] = slot

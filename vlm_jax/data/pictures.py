@@ -34,12 +34,12 @@ class Pictures:
     ):
         self.config = config
         self._given, self._change = given, (augment, rng)
+        self._alike = layout.alike(config.model)
         self._plans: dict[int, _Planned] = {}
 
     def layout(self, index: int) -> Layout:
         """How the picture stands in the sequence; one that cannot be used has a place too."""
-        model = self.config.model
-        return layout.alike(model) or layout.layout(self._plan(index).plans[0], model)
+        return self._alike or layout.layout(self._plan(index).plans[0], self.config.model)
 
     def shown(self, rendered: Rendered) -> list[int]:
         """Which pictures are shown, in reading order; one may be shown again."""
