@@ -108,6 +108,7 @@ class Draft:
             except images.BadImage as bad:
                 self.seen.append(self.pictures.blank(index))
                 self.rejects.append(bad.reason)
+        self.pictures.forget()
 
     def document(self) -> Document:
         """What it has become."""

@@ -274,5 +274,6 @@ def _place(images: Images, row: int, slot: int, view: View, encoder: Encoder) ->
     here = (row, slice(start, start + count))
     images.grids[row, slot] = grid
     put_patches(view, encoder.patch, images.patches[here])
-    images.patch_positions[here] = _positions(grid)
     images.patch_images[here] = slot
+    if encoder.max_patches:
+        images.patch_positions[here] = _positions(grid)

@@ -72,6 +72,10 @@ class Pictures:
             for plan in self._plan(index).plans
         )
 
+    def forget(self) -> None:
+        """Gives back the memory of what was decoded; `see` would make something else of it."""
+        self._plans.clear()
+
     def _plan(self, index: int) -> "_Planned":
         """A picture without a readable header is planned as if it had the encoder's size."""
         if index in self._plans:

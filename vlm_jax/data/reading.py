@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from vlm_jax.config import Config
-from vlm_jax.data import documents, engines, sources
+from vlm_jax.data import allocation, documents, engines, sources
 from vlm_jax.data import tokenizer as tokenizers
 from vlm_jax.data.documents import Document, Draft
 from vlm_jax.data.example import BadExample
@@ -41,6 +41,7 @@ class Renderer:
     def __init__(self, config: Config, split: str, opened: Mapping[str, Source]):
         self._config, self._split, self._opened = config, split, opened
         self._tokenizer = tokenizers.for_config(config)
+        allocation.keep_freed()
 
     def __call__(self, asked: Asked) -> list[Document]:
         """Documents k: each a pure function of the seed, k and the example that it is made of."""
