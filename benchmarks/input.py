@@ -5,10 +5,10 @@
     python -m benchmarks.input --start=1000000  # seconds to the first batch from so many records
 
 Speed: one process on one core, the sides in turns over the same captioned pictures; images per
-second of the process's CPU clock, medians over rounds. `bare` decodes and resizes as the pipeline
-does and throws the pixels away; `vlm_jax` is the training stream of prepared shards: records,
-template, tokens, pixels, packing, batches of one row of 8
-pictures. `webdataset` reads the same pictures from a
+second of the process's CPU clock, medians over rounds. `bare` decodes and resizes by the functions
+that the pipeline calls and throws the bytes away; `vlm_jax` is the training stream of prepared
+shards: records, template, tokens, pixels, packing, batches of one row of 8 pictures, in bytes that
+the model normalises. `webdataset` reads the same pictures from a
 tar, decodes and resizes with Pillow and normalises with numpy; `datasets` reads them from an Arrow
 table through transformers' SigLIP image processor (Pillow's backend). Neither makes tokens.
 Needs webdataset, datasets and transformers beside what a run needs; a side that is not
@@ -46,7 +46,9 @@ Side = Callable[[Path], Iterator[int]]
 def bare(folder: Path) -> Iterator[int]:
     """Decode and resize alone."""
     for data in itertools.cycle(_jpegs(folder)):
-        images.fit(images.picture(data), ENCODER)
+        picture = images.picture(data)
+        plans = images.plans((picture.height, picture.width), (ENCODER,))
+        images.see(picture, plans, (ENCODER,))
         yield 1
 
 

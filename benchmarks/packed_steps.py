@@ -78,7 +78,7 @@ def document(size: Drawn, rng: np.random.Generator) -> Document:
         blocks=np.zeros(length, np.int32),
         visual_index=np.where(np.arange(length) < visual, np.arange(length), -1),
         image_index=np.full(length, size.images - 1),
-        pixels=rng.normal(size=shape).astype(np.float32),
+        pixels=rng.integers(0, 256, shape, np.uint8),
         texts=np.zeros((size.images, 16), np.int32),
     )
 

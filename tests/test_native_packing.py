@@ -25,10 +25,9 @@ def native(run: configs.Config, seed: int = 0) -> list[documents.Document]:
     tokenizer, rng = tokenizers.for_config(run), np.random.default_rng(seed)
     made = [documents.document(e, run, tokenizer) for e in examples()]
     grids = iter(GRIDS)
-    draw = lambda: rng.normal(size=(*(16 * side for side in next(grids)), 3))  # noqa: E731
-    return [
-        dataclasses.replace(d, pixels=[draw().astype(np.float32) for _ in d.pixels]) for d in made
-    ]
+    sizes = lambda: (*(16 * side for side in next(grids)), 3)  # noqa: E731
+    draw = lambda: rng.integers(0, 256, sizes(), np.uint8)  # noqa: E731
+    return [dataclasses.replace(d, pixels=[draw() for _ in d.pixels]) for d in made]
 
 
 @pytest.mark.slow

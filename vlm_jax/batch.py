@@ -16,8 +16,9 @@ class Images(NamedTuple):
 
     Attributes:
       grids: int32 [B, N, 2], rows and columns of patches of each image, 0 = no image in this slot.
-      pixels: float32 [B, N, H, W, 3], normalised; None for an encoder that takes patches.
-      patches: float32 [B, P, patch * patch * 3], normalised; None for an encoder that takes pixels.
+      pixels: [B, N, H, W, 3]; None for an encoder that takes patches. uint8, which the encoder
+        normalises, or float32, which is normalised: all batches of a stream alike.
+      patches: [B, P, patch * patch * 3], likewise; None for an encoder that takes pixels.
       patch_positions: int32 [B, P, 2], row and column of each patch in its image.
       patch_images: int32 [B, P], which image of the row a patch belongs to, -1 = padding.
       starts: int32 [B, N], in packed rows of patches the first patch of each image, whose others

@@ -105,8 +105,9 @@ def test_prefix_attention_gives_each_prompt_a_block_and_answers_none(small, spoi
 def test_a_prompt_shows_evaluation_pixels_and_refuses_bad_ones(small, spoiled):
     example, config = made(1), small()
     document = documents.prompt_document(example.turns[:1], example.images, config, TOKENIZER)
-    expected = images.fit(images.decode(example.images[0]), config.model.encoder)
-    np.testing.assert_array_equal(document.pixels, [expected])
+    encoder = config.model.encoder
+    expected = images.fit(images.decode(example.images[0]), encoder)
+    np.testing.assert_array_equal(images.normalised(*document.pixels, encoder), expected)
     assert document.tokens[-1] == TOKENIZER.special("<assistant>")
     with pytest.raises(DataError, match="image 1 of the prompt cannot be used: truncated"):
         cut = example.images[0][:60]

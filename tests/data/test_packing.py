@@ -1,10 +1,12 @@
 """Packing: rows are their documents, whole, and nothing else."""
 
+import dataclasses
 import itertools
 
 import numpy as np
 import pytest
 
+from vlm_jax import config as c
 from vlm_jax.data import documents, packing, sources, tokenizer
 
 TOKENIZER = tokenizer.load("embedded")
@@ -13,10 +15,10 @@ CONV = {"stem": "conv"}
 
 def made(config, count: int) -> list[documents.Document]:
     source = sources.open_source("made:one", "train")
-    rng = np.random.default_rng(3)
+    rngs = [np.random.default_rng((3, i)) for i in range(count)]
     return [
         documents.document(source.example(i % 23, rng), config, TOKENIZER, rng)
-        for i in range(count)
+        for i, rng in enumerate(rngs)
     ]
 
 
@@ -36,7 +38,7 @@ def pixels_of(images, row: int, slot: int, encoder) -> np.ndarray:
     """The picture in a slot, put together again from its patches where it came in patches."""
     if images.pixels is not None:
         return images.pixels[row, slot]
-    picture = np.full((encoder.image_size, encoder.image_size, 3), np.nan, np.float32)
+    picture = np.zeros((encoder.image_size, encoder.image_size, 3), images.patches.dtype)
     here = images.patch_images[row] == slot
     pairs = zip(images.patches[row][here], images.patch_positions[row][here], strict=True)
     for patch, (y, x) in pairs:
@@ -101,6 +103,34 @@ def test_shapes_and_types_are_static(small, spoiled):
         assert (images.patches.shape, images.patches.dtype) == ((3, 20, 48), np.float32)
         assert (images.patch_positions.shape, images.patch_images.shape) == ((3, 20, 2), (3, 20))
         assert (images.grids.shape, images.pixels) == ((3, 5, 2), None)
+
+
+@pytest.mark.parametrize("stem", [{}, CONV], ids=["patches", "pixels"])
+def test_pixels_are_bytes_of_what_repainting_next_to_nothing_gives_as_floats(small, spoiled, stem):
+    spoiled[2] = b"bad"
+    encoder = stem | {"mean": (0.2, 0.3, 0.4), "std": (0.2, 0.5, 0.3)}
+    found, there = [], []
+    for augment in (c.Augment(), c.Augment(noise=1e-9)):
+        config = small(augment=augment, encoder=encoder)
+        rows, shape = packed(config, 8)
+        batch = packing.assemble(rows, shape)
+        good = [not d.rejects for row in rows for d in row for _ in d.pixels]
+        places = np.argwhere(batch.images.grids.any(axis=-1))[good]
+        found.append([pixels_of(batch.images, *at, config.model.encoder) for at in places])
+        there.append(places.tolist())
+    assert there[0] == there[1] and len(there[0]) > 8
+    bytes_, floats = map(np.stack, found)
+    assert (bytes_.dtype, floats.dtype) == (np.uint8, np.float32)
+    shown = (bytes_ / 255 - encoder["mean"]) / encoder["std"]
+    np.testing.assert_allclose(floats, shown, atol=5e-6)
+
+
+def test_normalised_pixels_do_not_become_bytes(small, spoiled):
+    config = small(augment=c.Augment())
+    _, document = made(config, 2)
+    document = dataclasses.replace(document, pixels=[np.zeros((8, 8, 3), np.float32)])
+    with pytest.raises(ValueError, match="pixels of float32 for a batch of uint8"):
+        packing.assemble([[document]], packing.shape_of(config, TOKENIZER.pad))
 
 
 def test_a_row_that_does_not_fit_is_refused(small, spoiled):

@@ -36,13 +36,13 @@ def native(config, count: int, seed: int = 0) -> list[documents.Document]:
 
 def picture(rng: np.random.Generator) -> np.ndarray:
     rows, columns = GRIDS[rng.integers(len(GRIDS))]
-    return rng.normal(size=(4 * rows, 4 * columns, 3)).astype(np.float32)
+    return rng.integers(0, 256, (4 * rows, 4 * columns, 3), np.uint8)
 
 
 def picture_of(images, row: int, slot: int) -> np.ndarray:
     """The picture in a slot, put together again from its patches."""
     rows, columns = images.grids[row, slot]
-    whole = np.full((4 * rows, 4 * columns, 3), np.nan, np.float32)
+    whole = np.zeros((4 * rows, 4 * columns, 3), images.patches.dtype)
     here = images.patch_images[row] == slot
     for patch, (y, x) in zip(
         images.patches[row][here], images.patch_positions[row][here], strict=True
@@ -84,7 +84,7 @@ def test_a_row_or_an_image_with_too_many_patches_is_refused(small, spoiled):
     shape = packing.shape_of(config, TOKENIZER.pad)
     (document,) = native(config, 2)[1:]
     sized = lambda *grids: dataclasses.replace(  # noqa: E731
-        document, pixels=[np.zeros((4 * r, 4 * c, 3), np.float32) for r, c in grids]
+        document, pixels=[np.zeros((4 * r, 4 * c, 3), np.uint8) for r, c in grids]
     )
     packing.assemble([[sized((3, 3))]], shape)
     with pytest.raises(ValueError, match="has 2 patches from 9 on"):

@@ -175,6 +175,21 @@ def test_a_picture_is_put_together_from_its_patches_exactly():
     assert (lost == drawing.MISSING).all()
 
 
+def test_a_picture_of_bytes_is_shown_as_it_is():
+    encoder = Encoder(16, 1, 32, 2, patch=4, image_size=8, mean=(0.1, 0.2, 0.3))
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+    places = np.indices((2, 2), np.int32).reshape(1, 2, 4).swapaxes(1, 2)
+    packed = Images(
+        np.full((1, 1, 2), 2, np.int32),
+        patches=images.patchify(pixels, 4)[None],
+        patch_positions=places,
+        patch_images=np.zeros((1, 4), np.int32),
+    )
+    whole = Images(packed.grids, pixels=pixels[None, None])
+    for seen in (packed, whole):
+        np.testing.assert_array_equal(drawing.picture(seen, 0, 0, encoder), pixels)
+
+
 def test_pictures_are_those_of_pixels_whatever_the_encoder_takes(small, spoiled):
     pages = {}
     for stem, stages in (("patch", ()), ("conv", ((4, 8, 1),))):

@@ -71,7 +71,8 @@ def documents(seed: int = 0, parts=PARTS) -> list[Document]:
 
 def laid_out(rows: list[list[Document]], tokens: int = 56, images: int = 4):
     """A batch of these rows."""
-    shape = Shape(len(rows), tokens, images, 1, MODEL.visual_tokens, MODEL.encoders)
+    sizes = len(rows), tokens, images, 1, MODEL.visual_tokens
+    shape = Shape(*sizes, MODEL.encoders, dtype="float32")
     return jax.tree.map(jnp.asarray, assemble(rows, shape))
 
 

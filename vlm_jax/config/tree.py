@@ -1,6 +1,7 @@
 """The tree of frozen dataclasses that a config is; `vlm_jax.config` fills it and checks it."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -143,7 +144,7 @@ class Augment:
     flip: float = 0.0
     upscale: tuple[int, int] = (0, 0)
 
-    @property
+    @functools.cached_property  # asked for every picture
     def repaints(self) -> bool:
         """Whether it changes more than what of a picture is shown, and how large."""
         return self != Augment(crop=self.crop, flip=self.flip, upscale=self.upscale)

@@ -1,6 +1,5 @@
 """A conversation under a chat template becomes tokens and their loss weights in one pass."""
 
-import dataclasses
 import functools
 import itertools
 import re
@@ -37,8 +36,10 @@ def render(
       DataError: a role is neither "user" nor "assistant", nor "system" as the first of a template
         that has a place for it.
     """
-    alike = layout.whole(pictures) if isinstance(pictures, int) else None
-    turns = _laid_out(turns, pictures if alike is None else lambda _: alike)
+    if isinstance(pictures, int):
+        alike = layout.whole(pictures)
+        pictures = lambda _: alike  # noqa: E731
+    turns = _laid_out(turns, pictures)
     made = Made()
     for piece in joined(_pieces(template, tokenizer, turns, reply)):
         if isinstance(piece, Text):
@@ -64,8 +65,7 @@ def _laid_out(turns: Sequence[Turn], pictures: Callable[[int], Layout]) -> list[
             for n, stretch in enumerate(found.stretches)
         ]
 
-    split = lambda turn: tuple(v for part in turn.parts for v in views(part))  # noqa: E731
-    return [dataclasses.replace(turn, parts=split(turn)) for turn in turns]
+    return [Turn(t.role, tuple(v for part in t.parts for v in views(part))) for t in turns]
 
 
 def end_tokens(template: Template, tokenizer: Tokenizer) -> list[int]:
@@ -155,15 +155,17 @@ def _answered(template: Template, tokenizer: Tokenizer, turn: Turn) -> Iterator[
 
 def _literal(
     template: Template, tokenizer: Tokenizer, text: str, learned: bool = False
-) -> Iterator[Piece]:
+) -> Sequence[Piece]:
     """The template's own text, in which its special tokens are tokens."""
     if not text:
-        return
+        return ()
     if not template.specials:
-        yield Piece(text, learned)
-        return
-    for part in _cut(text, template.specials):
-        yield Piece(tokenizer.special(part) if part in template.specials else part, learned)
+        return (Piece(text, learned),)
+    return [
+        Piece(tokenizer.special(part) if part in template.specials else part, learned)
+        for part in _cut(text, template.specials)
+        if part
+    ]
 
 
 @functools.lru_cache(maxsize=1024)  # templates have a few texts, and samples use them all

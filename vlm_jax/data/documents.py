@@ -25,9 +25,8 @@ class Document:
       key, source: of the Example.
       tokens, loss_weights, blocks, visual_index, image_index: as in a Batch, the indices counted
         from the document's own first image.
-      pixels: of each image, [h, w, 3], float32 and normalised, or bytes (`images.View`); zeros for
-        one that could not be used, as large as its header says, or as the encoder's own if there is
-        none.
+      pixels: of each image, [h, w, 3], bytes or floats (`images.dtype`); zeros for one that could
+        not be used, as large as its header says, or as the encoder's own if there is none.
       extra_pixels: the same images for each of `model.extra_encoders`.
       texts: int32 [n, S], the second text of each image, 0 = padding.
       rejects: why the sample is not learned from, e.g. ("truncated",); its loss weights and texts
@@ -74,28 +73,72 @@ def document(
       tokenizer: of the run.
       rng: where augmentation is drawn from; None = evaluation, which changes nothing.
     """
+    draft = drafted(example, config, tokenizer, rng)
+    draft.see()
+    return draft.document()
+
+
+@dataclasses.dataclass
+class Draft:
+    """A sample whose words are tokens; `see()` makes its pixels, `document()` what it becomes.
+
+    Attributes:
+      example: the sample.
+      rendered: its tokens, none where it is known to be of no use.
+      texts: the second text of each image.
+      pictures: of the sample.
+      rejects: why it is of no use, as far as is known.
+      truncated: whether its end was cut off.
+      seen: of every picture its views for each encoder.
+    """
+
+    example: Example
+    rendered: Rendered
+    texts: list[list[int]]
+    pictures: Pictures
+    rejects: list[str]
+    truncated: bool = False
+    seen: list[tuple[Views, ...]] = dataclasses.field(default_factory=list)
+
+    def see(self) -> None:
+        """Decodes the pictures; one that cannot be used is blank."""
+        for index in self.pictures.shown(self.rendered):
+            try:
+                self.seen.append(self.pictures.see(index))
+            except images.BadImage as bad:
+                self.seen.append(self.pictures.blank(index))
+                self.rejects.append(bad.reason)
+        self.pictures.forget()
+
+    def document(self) -> Document:
+        """What it has become."""
+        config = self.pictures.config
+        if _too_many_patches([view for first, *_ in self.seen for view in first], config):
+            return _build(self.example, _EMPTY, config, [], (), ("too_many_patches",))
+        made = self.rendered, config, self.texts, self.seen, tuple(self.rejects), self.truncated
+        return _build(self.example, *made)
+
+
+def drafted(
+    example: Example, config: Config, tokenizer: Tokenizer, rng: np.random.Generator | None = None
+) -> Draft:
+    """What `document` does before it looks at pixels; its arguments."""
     augment = None if rng is None else config.data.augment
     pictures = Pictures(example.images, config, augment, rng)
     try:
         rendered = render(example.turns, pictures, tokenizer)
     except DataError:  # a system turn, say, under a template that has no place for one
-        return rejected(example.key, example.source, "no_place_for_turn", config)
+        return Draft(example, _EMPTY, [], pictures, ["no_place_for_turn"])
     rendered, truncated = _cut(rendered, config)
     texts = _second_texts(example, rendered, pictures, tokenizer)
-    too_long = _too_long(rendered, texts, config)
-    if too_long:
-        return _build(example, _EMPTY, config, [], (), (too_long,))
-    seen, rejects = [], []
-    for index in pictures.shown(rendered):
-        try:
-            seen.append(pictures.see(index))
-        except images.BadImage as bad:
-            seen.append(pictures.blank(index))
-            rejects.append(bad.reason)
-    if _too_many_patches([view for first, *_ in seen for view in first], config):
-        return _build(example, _EMPTY, config, [], (), ("too_many_patches",))
-    made = _build(example, rendered, config, texts, seen, tuple(rejects))
-    return dataclasses.replace(made, truncated=truncated)
+    if too_long := _too_long(rendered, texts, config):
+        return Draft(example, _EMPTY, [], pictures, [too_long])
+    return Draft(example, rendered, texts, pictures, [], truncated)
+
+
+def rejected(key: str, source: str, reason: str, config: Config) -> Draft:
+    """Of a record that makes no Example."""
+    return Draft(Example(key, source, (), ()), _EMPTY, [], Pictures((), config), [reason])
 
 
 def _cut(rendered: Rendered, config: Config) -> tuple[Rendered, bool]:
@@ -105,11 +148,6 @@ def _cut(rendered: Rendered, config: Config) -> tuple[Rendered, bool]:
         return rendered, False
     part = pieces.cut(rendered, longest)
     return (part, True) if part.loss_weights.any() else (rendered, False)
-
-
-def rejected(key: str, source: str, reason: str, config: Config) -> Document:
-    """The empty document of a record that makes no Example."""
-    return _build(Example(key, source, (), ()), _EMPTY, config, [], (), (reason,))
 
 
 def prompt_document(
@@ -208,6 +246,7 @@ def _build(
     second_texts: Sequence[Sequence[int]],
     pictures: Sequence[tuple[Views, ...]],
     rejects: tuple[str, ...],
+    truncated: bool = False,
 ) -> Document:
     size = config.data.text_tokens
     texts = np.zeros((len(rendered.image_spans), size), np.int32)
@@ -227,6 +266,7 @@ def _build(
         texts=texts,
         rejects=rejects,
         extra_pixels=tuple(extra_pixels),
+        truncated=truncated,
     )
 
 

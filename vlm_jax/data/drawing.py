@@ -4,7 +4,7 @@ import base64
 import io
 
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int, Shaped, UInt8
 from PIL import Image
 
 from vlm_jax.batch import Images
@@ -21,11 +21,10 @@ def slots(images: Images, row: int) -> list[int]:
 def picture(images: Images, row: int, slot: int, encoder: Encoder) -> UInt8[np.ndarray, "h w 3"]:
     """One picture as its encoder sees it: whole pixels, or put together from its patches."""
     if images.pixels is not None:
-        return _denormalised(images.pixels[row, slot], encoder)
+        return _shown(_levels(images.pixels[row, slot], encoder))
     own = images.patch_images[row] == slot
-    patches, places = images.patches[row][own], images.patch_positions[row][own]
-    pixels = unpatchify(patches, places, images.grids[row, slot], encoder.patch)
-    return _denormalised(pixels, encoder)
+    patches, places = _levels(images.patches[row][own], encoder), images.patch_positions[row][own]
+    return _shown(unpatchify(patches, places, images.grids[row, slot], encoder.patch))
 
 
 def unpatchify(
@@ -44,10 +43,19 @@ def unpatchify(
     return placed.transpose(0, 2, 1, 3, 4).reshape(rows * patch, columns * patch, 3)
 
 
-def _denormalised(pixels: Float[np.ndarray, "h w 3"], encoder: Encoder) -> np.ndarray:
-    shown = pixels * np.float32(encoder.std) + np.float32(encoder.mean)
-    missing = np.isnan(shown).any(axis=-1)
-    shown = np.round(255 * np.nan_to_num(shown).clip(0, 1)).astype(np.uint8)
+def _levels(pixels: Shaped[np.ndarray, "... C"], encoder: Encoder) -> Float[np.ndarray, "... C"]:
+    """What a batch holds, pixels or patches, as levels from 0 to 255."""
+    if pixels.dtype == np.uint8:
+        return pixels.astype(np.float32)
+    std, mean = (
+        np.resize(np.float32(rgb), pixels.shape[-1]) for rgb in (encoder.std, encoder.mean)
+    )
+    return 255 * (pixels * std + mean)
+
+
+def _shown(levels: Float[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w 3"]:
+    missing = np.isnan(levels).any(axis=-1)
+    shown = np.round(np.nan_to_num(levels).clip(0, 255)).astype(np.uint8)
     shown[missing] = MISSING
     return shown
 

@@ -18,6 +18,7 @@ from vlm_jax.config import Config
 from vlm_jax.data import documents, packing, sources
 from vlm_jax.data import tokenizer as tokenizers
 from vlm_jax.data.example import BadExample, Example, Image, ImageRef, Turn
+from vlm_jax.data.images import dtype
 from vlm_jax.data.packing import Info
 from vlm_jax.data.pictures import Pictures
 from vlm_jax.data.tokenizer import Tokenizer
@@ -170,6 +171,7 @@ def _one_per_row(config: Config, tokenizer: Tokenizer, rendered) -> packing.Shap
         tokens=min(-(-fits // LENGTH_STEP) * LENGTH_STEP, config.data.tokens),
         images=min(images, config.data.images_per_row),
         patches=0,
+        dtype=dtype(None),
     )
 
 

@@ -5,17 +5,16 @@ hidden under transparent pixels never bleeds into edges. Pictures without any ar
 """
 
 import copy
-import functools
 import math
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Shaped, UInt8
 from PIL import Image
 
 from vlm_jax.config import Augment
 from vlm_jax.data import augmentation, resizing, steps
-from vlm_jax.data.augmentation import composite, row
+from vlm_jax.data.augmentation import row
 from vlm_jax.data.decoding import BadImage as BadImage
 from vlm_jax.data.decoding import decode as decode
 from vlm_jax.data.decoding import opened as opened
@@ -23,11 +22,17 @@ from vlm_jax.data.decoding import picture as picture
 from vlm_jax.data.decoding import size as size
 from vlm_jax.data.steps import Plan, Size
 from vlm_jax.presets.encoders import Encoder
+from vlm_jax.presets.pixels import affine
 
 Picture = Image.Image | UInt8[np.ndarray, "h w 4"]
-# Normalised; or, four times as small, bytes that `normalised` and `put_patches` have yet to.
-View = Float[np.ndarray, "h w 3"] | UInt8[np.ndarray, "h w 3"]
+# Bytes that the model normalises; where `dtype` says so, floats that are.
+View = UInt8[np.ndarray, "h w 3"] | Float[np.ndarray, "h w 3"]
 Views = tuple[View, ...]
+
+
+def dtype(augment: Augment | None) -> str:
+    """What views are of: bytes, four times as small, where nothing repaints them; else floats."""
+    return "float32" if augment is not None and augment.repaints else "uint8"
 
 
 def plans(
@@ -60,7 +65,7 @@ def see(
 ) -> tuple[Views, ...]:
     """One picture, changed once, as each encoder sees it: its views, on a background.
 
-    Those of an opaque picture that is not repainted are bytes, see `normalised`.
+    They are of `dtype(augment)`: whole bytes on white unless something repaints them.
 
     Args:
       picture: decoded, of the size that the plans were made for.
@@ -113,28 +118,18 @@ def normalised(view: View, encoder: Encoder) -> Float[np.ndarray, "h w 3"]:
     if view.dtype != np.uint8:
         return view
     height, width, _ = view.shape
-    scale, shift = _affine(encoder, width)
-    rgb = view.reshape(height, -1) * scale
-    rgb -= shift
+    scale, shift = affine(encoder)
+    rgb = view.reshape(height, -1) * row(scale, width)
+    rgb -= row(shift, width)
     return rgb.reshape(height, width, 3)
 
 
-def put_patches(view: View, encoder: Encoder, out: Float[np.ndarray, "P patch_dim"]) -> None:
-    """Writes a view's patches, normalised, as `patchify` orders them: without any copy between."""
-    rows, columns = grid_of(view, encoder.patch)
-    split = view.reshape(rows, encoder.patch, columns, -1).transpose(0, 2, 1, 3)
-    out.reshape(split.shape)[...] = split
-    if view.dtype == np.uint8:
-        scale, shift = _affine(encoder, encoder.patch**2)
-        out *= scale
-        out -= shift
-
-
-@functools.cache
-def _affine(encoder: Encoder, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """What bytes of a row are multiplied with, and what is taken off then."""
-    mean, std = np.asarray(encoder.mean), np.asarray(encoder.std)
-    return row(1 / (255 * std), width), row(mean / std, width)
+def put_patches(view: View, patch: int, out: Shaped[np.ndarray, "P patch_dim"]) -> None:
+    """Writes a view's patches as `patchify` orders them: without any copy between."""
+    rows, columns = grid_of(view, patch)
+    line = np.dtype((np.void, patch * 3 * view.itemsize))  # of a patch: copied as one
+    lines = view.reshape(rows, patch, -1).view(line)
+    out.view(line).reshape(rows, columns, patch)[...] = lines.swapaxes(1, 2)
 
 
 def _premultiplied(picture: Picture) -> Image.Image:
@@ -153,18 +148,20 @@ def _pixels(
     rng: np.random.Generator | None,
     drawn: int,
 ) -> View:
-    width, height = view.size
-    mean, std = np.asarray(encoder.mean), np.asarray(encoder.std)
-    if augment is None and view.mode == "RGB":
-        return np.asarray(view)
     if augment is None:
-        rgb = composite(view, np.eye(4, 3, dtype=np.float32), np.ones(3, np.float32))
-    else:
-        rgb = augmentation.changed(_with_alpha(view), augment, rng, drawn)
+        return np.asarray(view) if view.mode == "RGB" else _on_white(np.asarray(view))
+    width, height = view.size
+    rgb = augmentation.changed(_with_alpha(view), augment, rng, drawn)
     np.clip(rgb, 0.0, 1.0, out=rgb)
-    rgb -= row(mean, width)
-    rgb /= row(std, width)
+    rgb -= row(encoder.mean, width)
+    rgb /= row(encoder.std, width)
     return rgb.reshape(height, width, 3)
+
+
+def _on_white(view: UInt8[np.ndarray, "h w 4"]) -> UInt8[np.ndarray, "h w 3"]:
+    """Of a premultiplied picture. Filters overshoot: a colour may be above its alpha."""
+    white = view[..., :3] + (255 - view[..., 3:].astype(np.uint16))
+    return np.minimum(white, 255).astype(np.uint8)
 
 
 def _with_alpha(view: Image.Image) -> Image.Image:

@@ -48,7 +48,7 @@ class Mixture:
             name: order.shuffled(source, name, config.seed, data.views, data.caps.get(name, 0))
             for name, source in opened.items()
         }
-        self._orders = {name: indices for name, (indices, _) in orders.items()}
+        self._orders = {name: order.by_blocks(indices) for name, (indices, _) in orders.items()}
         self._epoch = {name: length for name, (_, length) in orders.items()}
         self.stages = stages(data, self._epoch)
         self._starts = [stage.start for stage in self.stages]
@@ -58,7 +58,7 @@ class Mixture:
         stage = self._stage(k)
         place, position = chosen(k - stage.start, tuple(stage.proportions.values()))
         name = tuple(stage.proportions)[place]
-        return Drawn(name, int(self._orders[name][stage.before[name] + position]))
+        return Drawn(name, self._orders[name](stage.before[name] + position))
 
     def epochs(self, k: int) -> dict[str, float]:
         """How many times the first k documents went through each source."""

@@ -1,17 +1,19 @@
 """Exact packing: whole documents share rows of static shape, and nothing is split or cut."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
+from jaxtyping import Int
 
 from vlm_jax.batch import Batch, Images
 from vlm_jax.config import Config
 from vlm_jax.data import filling
 from vlm_jax.data.documents import Document
-from vlm_jax.data.images import grid_of, normalised, patches_of, put_patches
+from vlm_jax.data.images import View, dtype, grid_of, normalised, patches_of, put_patches
 from vlm_jax.presets.encoders import Encoder
 
 VERSION = 1  # raise it when the same documents would be packed otherwise
@@ -29,6 +31,7 @@ class Shape:
       pad: id on padding.
       patches: of a row, which its images share as the first encoder sees them; 0 = each slot has
         room of its own.
+      dtype: of pixels: bytes, or floats that are normalised (`images.dtype`).
     """
 
     rows: int
@@ -39,6 +42,7 @@ class Shape:
     encoders: tuple[Encoder, ...]
     pad: int = 0
     patches: int = 0
+    dtype: str = "uint8"
 
     @property
     def room(self) -> tuple[int, ...]:
@@ -53,7 +57,7 @@ class Shape:
         return *needs, patches_of(document.pixels, self.encoders[0].patch)
 
 
-def shape_of(config: Config, pad: int, **changes: int) -> Shape:
+def shape_of(config: Config, pad: int, **changes: Any) -> Shape:
     """The shape of a config's training batches, or one that differs in `changes`."""
     shape = Shape(
         rows=config.data.rows,
@@ -64,6 +68,7 @@ def shape_of(config: Config, pad: int, **changes: int) -> Shape:
         encoders=config.model.encoders,
         pad=pad,
         patches=config.data.patches_per_row if config.data.images else 0,
+        dtype=dtype(config.data.augment),
     )
     return dataclasses.replace(shape, **changes)
 
@@ -183,16 +188,15 @@ def _no_images(shape: Shape, encoder: Encoder, shared: int) -> Images:
     slots = (shape.rows, shape.images)
     grids = np.zeros((*slots, 2), np.int32)
     if encoder.reads == "pixels":
-        return Images(grids, pixels=np.empty((*slots, *encoder.size, 3), np.float32))
+        return Images(grids, pixels=np.empty((*slots, *encoder.size, 3), shape.dtype))
     patches = shared or shape.images * encoder.patches
     places = np.zeros((shape.rows, patches, 2), np.int32)
     if not encoder.max_patches:
         # Every slot owns the same patches in every row; empty ones keep image -1.
-        own = np.indices(encoder.grid, dtype=np.int32).reshape(2, -1).T
-        places[:] = np.tile(own, (shape.images, 1))
+        places[:] = np.tile(_positions(encoder.grid), (shape.images, 1))
     return Images(
         grids,
-        patches=np.empty((shape.rows, patches, encoder.patch**2 * 3), np.float32),
+        patches=np.empty((shape.rows, patches, encoder.patch**2 * 3), shape.dtype),
         patch_positions=places,
         patch_images=np.full((shape.rows, patches), -1, np.int32),
         starts=np.zeros(slots, np.int32) if shared else None,
@@ -221,9 +225,15 @@ def _fill(batch: Batch, row: int, documents: Sequence[Document], shape: Shape) -
         all_images = (batch.images, *batch.extra_images)
         all_pixels = (document.pixels, *document.extra_pixels)
         for images, pictures, encoder in zip(all_images, all_pixels, shape.encoders, strict=True):
-            for slot, pixels in enumerate(pictures, start=image):
-                _place(images, row, slot, pixels, encoder)
+            for slot, view in enumerate(pictures, start=image):
+                _place(images, row, slot, _of(shape.dtype, view, encoder), encoder)
         token, image = end, last_image
+
+
+@functools.lru_cache(maxsize=1024)
+def _positions(grid: tuple[int, int]) -> Int[np.ndarray, "P 2"]:
+    """Row and column of each patch, in reading order."""
+    return np.indices(grid, np.int32).reshape(2, -1).T
 
 
 def _clear(images: Images) -> None:
@@ -238,12 +248,20 @@ def _shifted(index: np.ndarray, by: int) -> np.ndarray:
     return np.where(index >= 0, index + by, -1)
 
 
-def _place(images: Images, row: int, slot: int, pixels: np.ndarray, encoder: Encoder) -> None:
+def _of(dtype: str, view: View, encoder: Encoder) -> View:
+    if view.dtype == dtype:
+        return view
+    if view.dtype != np.uint8:
+        raise ValueError(f"pixels of {view.dtype} for a batch of {dtype}: they are normalised")
+    return normalised(view, encoder)
+
+
+def _place(images: Images, row: int, slot: int, view: View, encoder: Encoder) -> None:
     if images.pixels is not None:
         images.grids[row, slot] = encoder.grid
-        images.pixels[row, slot] = normalised(pixels, encoder)
+        images.pixels[row, slot] = view
         return
-    grid = grid_of(pixels, encoder.patch)
+    grid = grid_of(view, encoder.patch)
     start, count = slot * encoder.patches, math.prod(grid)
     if images.starts is not None:
         start = int(images.grids[row, :slot].prod(axis=-1).sum())
@@ -255,6 +273,7 @@ def _place(images: Images, row: int, slot: int, pixels: np.ndarray, encoder: Enc
         )
     here = (row, slice(start, start + count))
     images.grids[row, slot] = grid
-    put_patches(pixels, encoder, images.patches[here])
-    images.patch_positions[here] = np.indices(grid).reshape(2, -1).T
+    put_patches(view, encoder.patch, images.patches[here])
     images.patch_images[here] = slot
+    if encoder.max_patches:
+        images.patch_positions[here] = _positions(grid)

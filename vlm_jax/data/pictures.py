@@ -34,12 +34,12 @@ class Pictures:
     ):
         self.config = config
         self._given, self._change = given, (augment, rng)
+        self._alike = layout.alike(config.model)
         self._plans: dict[int, _Planned] = {}
 
     def layout(self, index: int) -> Layout:
         """How the picture stands in the sequence; one that cannot be used has a place too."""
-        model = self.config.model
-        return layout.alike(model) or layout.layout(self._plan(index).plans[0], model)
+        return self._alike or layout.layout(self._plan(index).plans[0], self.config.model)
 
     def shown(self, rendered: Rendered) -> list[int]:
         """Which pictures are shown, in reading order; one may be shown again."""
@@ -66,10 +66,15 @@ class Pictures:
 
     def blank(self, index: int) -> tuple[Views, ...]:
         """Views of the same sizes without content."""
+        dtype = images.dtype(self._change[0])
         return tuple(
-            tuple(np.zeros((*size, 3), np.float32) for size in plan.sizes)
+            tuple(np.zeros((*size, 3), dtype) for size in plan.sizes)
             for plan in self._plan(index).plans
         )
+
+    def forget(self) -> None:
+        """Gives back the memory of what was decoded; `see` would make something else of it."""
+        self._plans.clear()
 
     def _plan(self, index: int) -> "_Planned":
         """A picture without a readable header is planned as if it had the encoder's size."""

@@ -7,6 +7,7 @@ lengths could disagree with the first.
 
 import bisect
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from typing import ClassVar, NamedTuple
 
@@ -89,41 +90,47 @@ class Made:
     def __init__(self):
         self.tokens: list[int] = []
         self.weights: list[float] = []
-        self.visual: list[int] = []
-        self.image: list[int] = []
+        self.views: list[tuple[int, int, View]] = []  # where each begins, after how many images
         self.spans: list[ImageSpan] = []
         self.images = 0  # before the current picture
 
     def add(self, ids: Sequence[int], weights: Sequence[float]) -> None:
         self.tokens += ids
         self.weights += weights
-        self.visual += [-1] * len(ids)
-        self.image += [-1] * len(ids)
 
     def see(self, view: View, placeholder: int) -> None:
-        stretch, per_image = view.stretch, view.layout.visual_tokens
         if view.first:
             self.images = len(self.spans)
-        before, start = self.images, len(self.tokens)
-        self.add([placeholder] * len(stretch.visual), [0.0] * len(stretch.visual))
-        there = np.where(stretch.visual >= 0, stretch.visual + before * per_image, -1)
-        self.visual[start:] = there.tolist()
-        self.image[start:] = (stretch.image + before).tolist()
+        before, start, count = self.images, len(self.tokens), len(view.stretch.visual)
+        self.views.append((start, before, view))
+        self.add([placeholder] * count, [0.0] * count)
         if view.first and not view.layout.visual_tokens:  # beside the text, not in it
             self.spans += [ImageSpan(start, view.index)] * view.layout.images
-        for image, at in zip(*np.unique(stretch.image, return_index=True), strict=True):
+        for image, at in _firsts(view.stretch.image.tobytes(), view.stretch.image.dtype):
             if before + image == len(self.spans):
-                self.spans.append(ImageSpan(start + int(at), view.index))
+                self.spans.append(ImageSpan(start + at, view.index))
 
     def rendered(self) -> Rendered:
-        image = np.array(self.image, np.int32)
+        visual, image = np.full((2, len(self.tokens)), -1, np.int32)
+        for start, before, view in self.views:
+            stretch, here = view.stretch, slice(start, start + len(view.stretch.visual))
+            visual[here] = stretch.visual
+            visual[here][stretch.visual >= 0] += before * view.layout.visual_tokens
+            image[here] = stretch.image + before
         return Rendered(
             tokens=np.array(self.tokens, np.int32),
             loss_weights=np.array(self.weights, np.float32),
             image_spans=tuple(self.spans),
-            visual_index=np.array(self.visual, np.int32),
+            visual_index=visual,
             image_index=np.maximum.accumulate(image) if len(image) else image,
         )
+
+
+@functools.lru_cache(maxsize=1024)  # pictures of one size look alike here
+def _firsts(images: bytes, dtype: np.dtype) -> list[tuple[int, int]]:
+    """The images that positions look at, ascending, and the first position of each."""
+    found, at = np.unique(np.frombuffer(images, dtype), return_index=True)
+    return list(zip(found.tolist(), at.tolist(), strict=True))
 
 
 class Text:

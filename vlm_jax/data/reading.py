@@ -1,25 +1,32 @@
-"""Documents by number, made here, in threads or in processes: the same ones whichever it is."""
+"""Documents by number, made here, in threads or in processes: the same ones whichever it is.
+
+They are made in groups: the words of all, then the pixels of each. A picture drives all else out
+of the processor's caches, so that code that runs once a picture runs from memory, several times
+slower than in a row (`benchmarks/input.py`).
+"""
 
 import concurrent.futures
 import multiprocessing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from vlm_jax.config import Config
-from vlm_jax.data import documents, engines, sources
+from vlm_jax.data import allocation, documents, engines, sources
 from vlm_jax.data import tokenizer as tokenizers
-from vlm_jax.data.documents import Document
+from vlm_jax.data.documents import Document, Draft
 from vlm_jax.data.example import BadExample
 from vlm_jax.data.mixing import Drawn
 from vlm_jax.data.sources import Source
 from vlm_jax.errors import PeerError
 
-AHEAD = 8  # documents that are made ahead by each thread or process
+GROUP = 8  # documents that are made together
+AHEAD = 2 * GROUP  # documents that are made ahead by each thread or process
 PATIENCE = 600.0  # seconds after which a worker process that gives nothing is taken for hung
 
 Awaited = Callable[[], Document]
+Asked = Sequence[tuple[int, Drawn]]
 
 
 class Renderer:
@@ -34,21 +41,65 @@ class Renderer:
     def __init__(self, config: Config, split: str, opened: Mapping[str, Source]):
         self._config, self._split, self._opened = config, split, opened
         self._tokenizer = tokenizers.for_config(config)
+        allocation.keep_freed()
 
-    def __call__(self, k: int, drawn: Drawn) -> Document:
-        """Document k: a pure function of the seed, k and the example that it is made of."""
+    def __call__(self, asked: Asked) -> list[Document]:
+        """Documents k: each a pure function of the seed, k and the example that it is made of."""
+        drafts = [self._drafted(k, drawn) for k, drawn in asked]
+        for draft in drafts:
+            draft.see()
+        weights = self._config.data.loss_weights
+        return [
+            draft.document().weighed(weights.get(name, 1.0))
+            for draft, (_, (name, _)) in zip(drafts, asked, strict=True)
+        ]
+
+    def _drafted(self, k: int, drawn: Drawn) -> Draft:
         name, index = drawn
         # A counter of its own for every k; what Grain's `random_map` draws.
         rng = np.random.Generator(
             np.random.Philox(self._config.seed % 2**32, counter=[0, 0, 0, int(k)])
         )
-        weight = self._config.data.loss_weights.get(name, 1.0)
         try:
             example = self._opened[name].example(index, rng)
         except BadExample as bad:
             key = f"{name}/{self._split}/{index}"
             return documents.rejected(key, name, bad.reason, self._config)
-        return documents.document(example, self._config, self._tokenizer, rng).weighed(weight)
+        return documents.drafted(example, self._config, self._tokenizer, rng)
+
+
+class Group:
+    """Documents that are made together, once there are GROUP of them or one is waited for.
+
+    Args:
+      begin: begins to make them; what it returns waits for them.
+    """
+
+    def __init__(self, begin: Callable[[Asked], Callable[[], list[Document]]]):
+        self._begin, self._asked = begin, []
+        self._wait: Callable[[], list[Document]] | None = None
+        self._made: list[Document | None] | None = None
+
+    @property
+    def begun(self) -> bool:
+        """Whether it takes no more."""
+        return self._wait is not None
+
+    def add(self, k: int, drawn: Drawn) -> Awaited:
+        """One more; what is returned waits for it, once."""
+        place = len(self._asked)
+        self._asked.append((k, drawn))
+        if len(self._asked) == GROUP:
+            self._wait = self._begin(self._asked)
+        return lambda: self._take(place)
+
+    def _take(self, place: int) -> Document:
+        if self._wait is None:
+            self._wait = self._begin(self._asked)
+        if self._made is None:
+            self._made = self._wait()
+        found, self._made[place] = self._made[place], None
+        return found
 
 
 class Reader:
@@ -64,7 +115,8 @@ class Reader:
     def __init__(self, config: Config, split: str, opened: Mapping[str, Source]):
         self._render = Renderer(config, split, opened)
         self._processes = config.data.workers > 0
-        self.ahead = AHEAD * (config.data.workers or config.data.threads)
+        self.ahead = AHEAD * (config.data.workers or config.data.threads) or GROUP - 1
+        self._group = Group(self._begin)
         self._pool: concurrent.futures.Executor | None = None
         if self._processes:
             # Spawned: a fork of a process with threads may hang.
@@ -83,12 +135,17 @@ class Reader:
         Raises:
           PeerError: a worker process died or hangs (when waited for).
         """
+        if self._group.begun:
+            self._group = Group(self._begin)
+        return self._group.add(k, drawn)
+
+    def _begin(self, asked: Asked) -> Callable[[], list[Document]]:
         if self._pool is None:
-            return lambda: self._render(k, drawn)
+            return lambda: self._render(asked)
         if not self._processes:
-            return self._pool.submit(self._render, k, drawn).result
+            return self._pool.submit(self._render, asked).result
         try:
-            future = self._pool.submit(_make, k, drawn)
+            future = self._pool.submit(_make, asked)
         except concurrent.futures.BrokenExecutor as error:
             raise _lost(error) from error
         return lambda: _waited(future)
@@ -123,14 +180,14 @@ def _start(config: Config, split: str) -> None:
     _state["render"] = Renderer(config, split, open_all(config, split, mixing.names(config.data)))
 
 
-def _make(k: int, drawn: Drawn) -> Document:
-    return _state["render"](k, drawn)
+def _make(asked: Asked) -> list[Document]:
+    return _state["render"](asked)
 
 
 # ------------------------------------------------------------------------------------------------
 
 
-def _waited(future: concurrent.futures.Future) -> Document:
+def _waited(future: concurrent.futures.Future) -> list[Document]:
     try:
         return future.result(PATIENCE)
     except (concurrent.futures.BrokenExecutor, TimeoutError) as error:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from vlm_jax.batch import Images
 from vlm_jax.models.layers import ACTIVATIONS, Features, LayerNorm, Linear, Mlp, Stack, drop
-from vlm_jax.models.stems import gather
+from vlm_jax.models.stems import gather, normalised
 from vlm_jax.parallel.sharding import constrain
 from vlm_jax.presets.convnets import ConvNet
 
@@ -319,7 +319,7 @@ class ConvNetEncoder(nnx.Module):
     def outputs(self, images: Images, key: Array | None = None) -> list[Float[Array, "n h w C"]]:
         """What every computed stage gives."""
         convnet, stages = self.convnet, self.convnet.stages
-        x = images.pixels.reshape(-1, *images.pixels.shape[2:]).astype(convnet.dtype)
+        x = normalised(images.pixels.reshape(-1, *images.pixels.shape[2:]), convnet)
         x = self.stem(x)
         # As in `Vit`: the rate rises linearly from 0 at the first block.
         rates = jnp.linspace(0.0, convnet.drop_path, sum(blocks for blocks, *_ in stages))

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from vlm_jax.batch import Images
 from vlm_jax.models.convnet import Conv
 from vlm_jax.models.layers import Attention, Features, LayerNorm, Linear, Mlp, Stack, attend
-from vlm_jax.models.stems import gather
+from vlm_jax.models.stems import gather, normalised
 from vlm_jax.parallel.sharding import constrain
 from vlm_jax.presets.sam import Sam
 
@@ -130,7 +130,7 @@ class SamEncoder(nnx.Module):
         self.neck = Neck(sam, rngs)
 
     def __call__(self, images: Images, key: Array | None = None) -> Features:
-        pixels = images.pixels.reshape(-1, *images.pixels.shape[2:]).astype(self.sam.dtype)
+        pixels = normalised(images.pixels.reshape(-1, *images.pixels.shape[2:]), self.sam)
         x = self.embed(gather(pixels, self.sam.patch))
         if self.position_grid is not None:
             x = x + self._positions().astype(x.dtype)

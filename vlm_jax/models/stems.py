@@ -3,12 +3,14 @@
 import math
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from vlm_jax.batch import Images
 from vlm_jax.models.layers import ACTIVATIONS, LayerNorm, Linear
 from vlm_jax.presets.encoders import Encoder
+from vlm_jax.presets.pixels import affine
 
 
 class PatchStem(nnx.Module):
@@ -24,7 +26,7 @@ class PatchStem(nnx.Module):
         if images.starts is None:
             slots = len(patches) * images.grids.shape[1]
             patches = patches.reshape(slots, encoder.patches, patches.shape[-1])
-        return self.embed(patches.astype(encoder.dtype))
+        return self.embed(normalised(patches, encoder))
 
 
 class ConvBlock(nnx.Module):
@@ -79,11 +81,24 @@ class ConvStem(nnx.Module):
 
     def __call__(self, images: Images, encoder: Encoder) -> Float[Array, "n P D"]:
         rows, slots, *shape = images.pixels.shape
-        x = images.pixels.reshape(rows * slots, *shape).astype(encoder.dtype)
+        x = normalised(images.pixels.reshape(rows * slots, *shape), encoder)
         for stage in self.stages:
             x = stage(x)
         x = self.embed(gather(x, self.factor))
         return x.reshape(x.shape[0], encoder.patches, encoder.width)
+
+
+def normalised(x: Shaped[Array, "... C"], preset) -> Float[Array, "... C"]:
+    """Pixels or patches in an encoder's dtype; its mean and deviation are applied to bytes.
+
+    Args:
+      x: bytes, or floats that are normalised; the last axis is red, green, blue, again and again.
+      preset: of the encoder: mean, std and dtype are read.
+    """
+    if x.dtype == jnp.uint8:
+        scale, shift = (jnp.tile(jnp.float32(rgb), x.shape[-1] // 3) for rgb in affine(preset))
+        x = x.astype(jnp.float32) * scale - shift
+    return x.astype(preset.dtype)
 
 
 def gather(x: Float[Array, "n h w C"], factor: int) -> Float[Array, "n _h _w _C"]:
