@@ -5,7 +5,7 @@ above it has filled.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -47,14 +47,25 @@ def shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
     return found | adapted
 
 
-def load(config: Config, places: Mapping[str, jax.sharding.Sharding]) -> dict[str, Array]:
-    """The same leaves on their devices, in the folders' dtypes."""
+def load(
+    config: Config,
+    places: Mapping[str, jax.sharding.Sharding],
+    taken: Callable[[dict[str, Array]], dict[str, Array]] = lambda leaf: leaf,
+) -> dict[str, Array]:
+    """The same leaves on their devices, in the folders' dtypes.
+
+    Args:
+      config: the run.
+      places: where each leaf lies, by path.
+      taken: what stands for a leaf, {path: leaf} -> leaves by path; asked as soon as it is there.
+    """
     found = {}
     for _, stored, pairs in _sources(config, params.abstract(config.model)):
-        loaded = store.load(stored, {theirs: places[ours] for ours, theirs in pairs.items()})
-        found |= {ours: loaded[theirs] for ours, theirs in pairs.items()}
+        for ours, theirs in pairs.items():
+            found |= taken({ours: store.load(stored, {theirs: places[ours]})[theirs]})
     for path, leaf in _adapters(config).items():
-        found[path] = jax.make_array_from_callback(leaf.shape, places[path], leaf.__getitem__)
+        made = jax.make_array_from_callback(leaf.shape, places[path], leaf.__getitem__)
+        found |= taken({path: made})
     return found
 
 
@@ -108,8 +119,9 @@ def _adapters(config: Config) -> dict[str, np.ndarray]:
 
 def _refuse_others(config: Config, init: Init, leaves: Mapping[str, np.ndarray]) -> None:
     plan = adaptation.of(config)
+    shapes = plan.shapes | {path: held.kernel for path, held in plan.held.items()}
     for path, leaf in leaves.items():
-        made = plan.shapes[path].shape if path in plan.shapes else "nothing"
+        made = shapes[path].shape if path in shapes else "nothing"
         if made != leaf.shape:
             raise ConfigError(
                 f"config.init: {init.folder} has {leaf.shape} for {path}; config.adaptation makes "
@@ -131,4 +143,5 @@ def _opened(folder: Path) -> store.Stored:
     from vlm_jax.training import checkpoints
 
     config, leaves = checkpoints.load_params(folder)
-    return store.Stored(folder, config.model, "", {}, adapters.merged(leaves))
+    merged = adapters.merged(params.restored(config.model, leaves))
+    return store.Stored(folder, config.model, "", {}, merged)
