@@ -3,9 +3,9 @@
 import json
 import pathlib
 import re
+import sys
 import tempfile
 
-import nf4_statements
 import numpy as np
 import optax
 import peft
@@ -16,6 +16,9 @@ from adapter_cases import ALPHA, DECAY, HIDDEN, INPUTS, LR, RANK, STEPS, TRAIN
 from vlm_jax.training import schedules
 from vlm_jax.weights import files
 from vlm_jax.weights import peft as format
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "models"))
+import nf4_statements
 
 ENCODER = "prompt_encoder.default."
 TARGETS = {

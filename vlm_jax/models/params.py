@@ -144,6 +144,13 @@ def restored(model, flat: Mapping[str, Array]) -> dict[str, Array]:
     return quantised.restored(flat, abstract(model), linears(model))
 
 
+def count(model, flat: Mapping[str, Array]) -> int:
+    """How many parameters there are; a kernel that is held in few bits counts as floats."""
+    shapes = abstract(model)
+    plain = (leaf.size for path, leaf in flat.items() if not quantised.is_leaf(path))
+    return sum(plain) + sum(shapes[path].size for path in quantised.kernels(flat))
+
+
 def init(model, key: Array) -> dict[str, Array]:
     """Fresh parameters; pure, so that jit with `out_shardings` makes each on its own devices."""
     state = nnx.state(VLM(model, nnx.Rngs(key)))
