@@ -1,5 +1,6 @@
 """LoRA and DoRA as the peft library trains them: stored goldens, and the same made afresh."""
 
+import dataclasses
 import pathlib
 
 import adapter_cases
@@ -51,6 +52,13 @@ def test_adapters_come_from_peft_and_go_back(name, tmp_path):
         for output in (wanted, merged):
             error = np.abs(np.asarray(run(leaves)) - output).max() / np.abs(output).max()
             assert error <= TOLERANCE
+    if mode in ("prefix", "projected"):
+        tokens = torch.from_numpy(arrays["inputs"])
+        options = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": 6}
+        theirs_say = loaded.generate(input_ids=tokens, do_sample=False, **options).numpy()
+        stored = dataclasses.replace(made.stored, trained=made.leaves)
+        ours_say = checking.run(stored, {"input_ids": arrays["inputs"]}, 6)["tokens"]
+        np.testing.assert_array_equal(ours_say, theirs_say[:, tokens.shape[1] :])
     again = peft.read(tmp_path / "after", made.stored.model, made.stored.family)
     for path, leaf in again.items():
         if mode != "projected":
