@@ -1,6 +1,5 @@
 """LoRA and DoRA as the peft library trains them: stored goldens, and the same made afresh."""
 
-import dataclasses
 import pathlib
 
 import adapter_cases
@@ -8,7 +7,9 @@ import numpy as np
 import pytest
 
 from vlm_jax.models import adapters, params
+from vlm_jax.presets.generation import Generation
 from vlm_jax.weights import checking, peft, store
+from vlm_jax.weights.registry import family
 
 FOLDER = pathlib.Path(__file__).parents[1] / "goldens"
 TOLERANCE = 1e-4
@@ -56,9 +57,10 @@ def test_adapters_come_from_peft_and_go_back(name, tmp_path):
         tokens = torch.from_numpy(arrays["inputs"])
         options = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": 6}
         theirs_say = loaded.generate(input_ids=tokens, do_sample=False, **options).numpy()
-        stored = dataclasses.replace(made.stored, trained=made.leaves)
-        ours_say = checking.run(stored, {"input_ids": arrays["inputs"]}, 6)["tokens"]
-        np.testing.assert_array_equal(ours_say, theirs_say[:, tokens.shape[1] :])
+        asked = {"input_ids": arrays["inputs"]}
+        prompts = family("llama").inputs(model, made.stored.published, asked)
+        found = checking._answers(model, made.leaves, prompts, Generation(max_new_tokens=6))
+        np.testing.assert_array_equal(found["tokens"], theirs_say[:, tokens.shape[1] :])
     again = peft.read(tmp_path / "after", made.stored.model, made.stored.family)
     for path, leaf in again.items():
         if mode != "projected":
