@@ -72,6 +72,14 @@ def keys_values(leaves: Mapping[str, Array]) -> tuple[Array, Array]:
     return both[..., 0, :, :], both[..., 1, :, :]
 
 
+def length(flat: Mapping[str, Array], part: str) -> int:
+    """How many keys and values the attentions of a part have before those of its tokens."""
+    for path, leaf in flat.items():
+        if path.startswith(f"{part}/") and path.endswith((f"/{KEYS}", f"/{EMBEDDING}")):
+            return leaf.shape[-3] if path.endswith(KEYS) else len(leaf)
+    return 0
+
+
 class Prefix(nnx.Module):
     """A prefix inside its attention.
 
