@@ -10,6 +10,7 @@ import pytest
 import tiny
 
 from vlm_jax import config as configs
+from vlm_jax import convert
 from vlm_jax.config import Init, Model, Parallel, Rule
 from vlm_jax.errors import ConfigError
 from vlm_jax.models import adapters, params, prefixes, quantised
@@ -112,6 +113,18 @@ def test_merged_kernels_do_what_codes_and_adapters_did():
     np.testing.assert_allclose(loss(merged), loss(flat), rtol=1e-5)
     plain = {path: leaf for path, leaf in restored.items() if not adapters.is_leaf(path)}
     assert abs(loss(plain) - loss(flat)) > 1e-3
+    assert params.count(tiny.MODEL, plain) == params.count(
+        tiny.MODEL, {path: leaf for path, leaf in flat.items() if not adapters.is_leaf(path)}
+    )
+
+
+def test_export_says_that_kernels_were_held_in_few_bits(capsys, tmp_path):
+    flat = dict(on_one_device()[1].evaluated())
+    stored = convert._restored(store.Stored(tmp_path, tiny.MODEL, "llama", {}, flat))
+    held = quantised.kernels(flat)
+    assert f"{len(held)} kernels were held in few bits" in capsys.readouterr().out
+    assert set(held) <= stored.trained.keys() and not quantised.kernels(stored.trained)
+    assert convert._restored(stored) is stored
 
 
 def test_a_7b_decoder_takes_four_and_a_half_bits_a_weight():
