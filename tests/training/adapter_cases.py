@@ -1,9 +1,10 @@
-"""Small towers with LoRA and DoRA of the `peft` library, and what ours makes of the same arrays.
+"""Small towers with adapters of the `peft` library, and what ours makes of the same arrays.
 
 Arrays of a case, by name: `config` and `adapter_config` (JSON); `base/NAME` and `adapter/NAME`,
 tensors by their names in the files; `inputs` of `forward`; `target` of the squared error; and
 theirs to compare with: `output`, `losses` of STEPS steps, `gradients/NAME` at the first of them and
-`after/NAME`, the adapter after the last.
+`after/NAME`, the adapter after the last. With a network that makes a prefix, which no file of PEFT
+holds, names are those of its parameters.
 """
 
 import dataclasses
@@ -16,15 +17,26 @@ import numpy as np
 import optax
 
 from vlm_jax.config import Config, Data, Rule, Train
-from vlm_jax.models import params
+from vlm_jax.models import adapters, params, prefixes
 from vlm_jax.training import adaptation, optimizer
-from vlm_jax.weights import checking, conversion, files, peft, store
+from vlm_jax.training import state as states
+from vlm_jax.weights import checking, conversion, files, peft, peft_prefix, store
 from vlm_jax.weights.registry import family
 
 STEPS, RANK, ALPHA, LR, DECAY = 20, 3, 7, 1e-3, 0.1
 CASES = [f"{tower}_{mode}" for tower in ("llama", "siglip") for mode in ("lora", "dora")]
+CASES += ["llama_nf4", "llama_prefix", "llama_projected"]
 INPUTS = {"llama": "input_ids", "siglip": "pixel_values"}
-LINEARS = r".*stack/blocks/.*kernel|decoder/output/kernel"
+LINEARS, KEYS = r".*stack/blocks/.*kernel|decoder/output/kernel", r".*attention/key/kernel"
+SHAPED = {"rank": RANK, "alpha": ALPHA}
+HIDDEN = 5
+RULES = {
+    "lora": Rule(LINEARS, "lora", **SHAPED),
+    "dora": Rule(LINEARS, "dora", **SHAPED),
+    "nf4": Rule(LINEARS, "lora", base="nf4", **SHAPED),
+    "prefix": Rule(KEYS, "prefix", rank=RANK),
+    "projected": Rule(KEYS, "prefix", rank=RANK, hidden=HIDDEN),
+}
 TRAIN = Train(steps=STEPS, lr=LR, warmup_steps=4, weight_decay=DECAY, clip=1.0)
 
 
@@ -67,11 +79,15 @@ def ours(name: str, arrays, folder: pathlib.Path) -> Made:
     write_adapter(folder / "adapter", arrays)
     stored = conversion.import_folder(folder / "base", folder / "model")
     model = checking.exact(stored.model)
-    rules = (Rule(LINEARS, name.partition("_")[2], rank=RANK, alpha=ALPHA), Rule(".*", "frozen"))
+    mode = name.partition("_")[2]
+    rules = (RULES[mode], Rule(".*", "frozen"))
     plan = adaptation.of(Config("parity", model, Data({"none": 1.0}), adaptation=rules))
-    adapter = peft.read(folder / "adapter", model, stored.family)
+    if mode == "projected":
+        adapter = projected(named(arrays, "adapter/"), model.decoder)
+    else:
+        adapter = peft.read(folder / "adapter", model, stored.family)
     flat = {path: jnp.asarray(stored.parameters.read(path)) for path in stored.parameters.shapes}
-    flat |= jax.tree.map(jnp.asarray, adapter)
+    flat = states.hold(plan, flat) | jax.tree.map(jnp.asarray, adapter)
     assert flat.keys() == plan.shapes.keys()
     trainable, frozen = plan.split(flat)
     run = _forward(name, stored, model, arrays["inputs"])
@@ -94,9 +110,43 @@ def ours(name: str, arrays, folder: pathlib.Path) -> Made:
         first = first or (np.asarray(output), gradient)
     leaves = jax.tree.map(np.asarray, {**frozen, **trainable})
     output, gradient = first
-    gradients = written(folder / "gradients", stored, leaves | jax.tree.map(np.asarray, gradient))
-    after = written(folder / "after", stored, leaves)
+    changes = leaves | jax.tree.map(np.asarray, gradient)
+    gradients, after = (
+        unprojected(made) if mode == "projected" else written(folder / place, stored, made)
+        for place, made in (("gradients", changes), ("after", leaves))
+    )
     return Made(output, np.asarray(losses), gradients, after, stored, leaves)
+
+
+NETWORK = {
+    prefixes.EMBEDDING: "embedding.weight",
+    prefixes.INNER: "transform.0.weight",
+    prefixes.INNER_BIAS: "transform.0.bias",
+    prefixes.OUTER: "transform.2.weight",
+    prefixes.OUTER_BIAS: "transform.2.bias",
+}
+
+
+def projected(theirs, decoder) -> dict[str, np.ndarray]:
+    """Our leaves of the parameters of a network that makes a prefix."""
+    shape = decoder.depth, 2, decoder.kv_heads, decoder.head_dim
+    found = {name: theirs[their] for name, their in NETWORK.items()}
+    outer = found[prefixes.OUTER].reshape(*shape, HIDDEN)
+    found |= {
+        prefixes.INNER: found[prefixes.INNER].T,
+        prefixes.OUTER: np.moveaxis(outer, -1, 1),
+        prefixes.OUTER_BIAS: found[prefixes.OUTER_BIAS].reshape(shape),
+    }
+    return {adapters.beside(peft_prefix.KERNEL, name): leaf for name, leaf in found.items()}
+
+
+def unprojected(leaves) -> dict[str, np.ndarray]:
+    """The inverse."""
+    own = {name: leaves[adapters.beside(peft_prefix.KERNEL, name)] for name in NETWORK}
+    outer = np.moveaxis(own[prefixes.OUTER], 1, -1).reshape(-1, HIDDEN)
+    bias = own[prefixes.OUTER_BIAS].reshape(-1)
+    own |= {prefixes.INNER: own[prefixes.INNER].T, prefixes.OUTER: outer, prefixes.OUTER_BIAS: bias}
+    return {NETWORK[name]: leaf for name, leaf in own.items()}
 
 
 def written(folder: pathlib.Path, stored: store.Stored, leaves) -> dict[str, np.ndarray]:

@@ -120,3 +120,37 @@ def test_what_peft_has_no_place_for_is_refused(tmp_path):
         }
         rescaled = {f"{layer}magnitude": np.ones((2, 12))}
         peft.write(tmp_path, MODEL, "llama", leaves | both | rescaled)
+
+
+PREFIX = {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 5, "num_transformer_submodules": 1}
+
+
+def embeddings(*shape: int) -> dict[str, np.ndarray]:
+    return {"prompt_embeddings": np.random.default_rng(0).normal(size=shape).astype(np.float32)}
+
+
+def test_a_prefix_is_a_key_and_a_value_per_layer(tmp_path):
+    arrays, heads = embeddings(5, 2 * 2 * 1 * 4), "decoder/stack/blocks/attention/key/prefix_"
+    found = read(tmp_path / "prefix", PREFIX, arrays)
+    assert found.keys() == {f"{heads}keys", f"{heads}values"}
+    for layer, token in np.ndindex(2, 5):
+        row = arrays["prompt_embeddings"][token].reshape(2, 2, 1, 4)[layer]
+        for name, one in zip(("keys", "values"), row, strict=True):
+            np.testing.assert_array_equal(found[heads + name][layer, token], one)
+    peft.write(tmp_path / "again", MODEL, "llama", found)
+    again = files.Safetensors([tmp_path / "again" / peft.TENSORS]).read("prompt_embeddings")
+    np.testing.assert_array_equal(again, arrays["prompt_embeddings"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "arrays", "error", "message"),
+    [
+        ({"num_transformer_submodules": 2}, embeddings(5, 16), ConfigError, "expected a decoder's"),
+        ({}, embeddings(5, 12), DataError, "of 2 layers, 2 and 1 heads of 4: is it another"),
+        ({}, embeddings(0, 16), DataError, "expected one row per virtual token"),
+        ({}, embeddings(5, 16) | tensors(), DataError, "expected prompt_embeddings alone"),
+    ],
+)
+def test_what_is_no_prefix_of_this_decoder_is_refused(changes, arrays, error, message, tmp_path):
+    with pytest.raises(error, match=message):
+        read(tmp_path / "prefix", PREFIX | changes, arrays)

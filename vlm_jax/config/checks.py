@@ -5,7 +5,7 @@ import math
 import typing
 from typing import Any
 
-from vlm_jax.config.tree import FIELDS, MODES, Augment, Config, Data, Model, Rule
+from vlm_jax.config.tree import BASES, FIELDS, MODES, Augment, Config, Data, Model, Rule
 from vlm_jax.errors import ConfigError
 
 CHOICES = {
@@ -143,13 +143,17 @@ def _check_beside(config: Config) -> None:
 def _check_rule(rule: Rule, path: str) -> None:
     _require(rule.mode in MODES, f"{path}.mode", rule.mode, f"one of {', '.join(MODES)}")
     read = FIELDS.get(rule.mode, ())
-    for field in FIELDS["lora"]:
+    for field in sorted({field for fields in FIELDS.values() for field in fields}):
         value = getattr(rule, field)
         expected = f"0: the rule is {rule.mode}"
         _require(field in read or not value, f"{path}.{field}", value, expected)
     _require("rank" not in read or rule.rank > 0, f"{path}.rank", rule.rank, "at least 1")
     scaled = "alpha" not in read or 0 < rule.alpha < math.inf
     _require(scaled, f"{path}.alpha", rule.alpha, "more than 0")
+    _require(rule.hidden >= 0, f"{path}.hidden", rule.hidden, "at least 0")
+    _require(rule.base in BASES, f"{path}.base", rule.base, f"one of {', '.join(BASES)}")
+    still = rule.mode != "full" or not rule.quantises
+    _require(still, f"{path}.base", rule.base, "float: the rule is full, so kernels train")
     _require(0 <= rule.dropout < 1, f"{path}.dropout", rule.dropout, "at least 0 and less than 1")
 
 

@@ -352,13 +352,19 @@ class Rule:
       mode: "full" trains, "frozen" does not. "lora" (Hu et al. 2022) and "dora" (Liu et al. 2024)
         train adapters beside kernels that are frozen; they hold for kernels of linear layers
         alone, and leave whatever else their pattern matches to later rules. So does "bottleneck",
-        an adapter that follows the layer (Houlsby et al. 2019).
+        an adapter that follows the layer (Houlsby et al. 2019). "prefix" trains keys and values
+        before those of the tokens (Li and Liang 2021); it holds for the kernels of keys of
+        attentions among tokens of one tower.
       lr: factor on the learning rate.
       weight_decay: factor on the weight decay.
-      rank: of an adapter's two matrices; width of a bottleneck.
+      rank: of an adapter's two matrices; width of a bottleneck; keys and values of a prefix.
       alpha: the product of LoRA and DoRA is scaled by alpha / rank.
       dropout: share of the numbers dropped that go into that product.
       rslora: scales by alpha / sqrt(rank) instead (Kalajdzievski 2023).
+      base: how kernels that stay as they are are held: "float", or in few bits as "nf4" (with
+        LoRA beside them QLoRA, Dettmers et al. 2023) or "int8"; then "frozen" too holds for kernels
+        of linear layers alone.
+      hidden: width of the network that prefixes are made by; 0 = they are learned themselves.
     """
 
     pattern: str
@@ -369,6 +375,13 @@ class Rule:
     alpha: float = 0.0
     dropout: float = 0.0
     rslora: bool = False
+    base: str = "float"
+    hidden: int = 0
+
+    @property
+    def quantises(self) -> bool:
+        """Whether kernels are held in few bits."""
+        return self.base != "float"
 
     @property
     def adapts(self) -> bool:
@@ -381,12 +394,14 @@ class Rule:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
-ADAPTERS = ("lora", "dora", "bottleneck")
+ADAPTERS = ("lora", "dora", "bottleneck", "prefix")
+BASES = ("float", "nf4", "int8")
 # Fields that are 0 in rules of other modes.
 FIELDS = {
     "lora": ("rank", "alpha", "dropout", "rslora"),
     "dora": ("rank", "alpha", "dropout", "rslora"),
     "bottleneck": ("rank",),
+    "prefix": ("rank", "hidden"),
 }
 MODES = ("full", "frozen", *ADAPTERS)
 

@@ -22,6 +22,7 @@ from vlm_jax.evaluation import baselines, losses, questions, scores
 from vlm_jax.evaluation.predictor import Predictor
 from vlm_jax.evaluation.retrieval import Retriever
 from vlm_jax.evaluation.vision import Vision
+from vlm_jax.models.params import count
 
 CAPTION = "caption"
 TEXT_ONLY = "text only"
@@ -99,7 +100,7 @@ class Evaluator:
         found = scores.Scores(
             name=self.config.name,
             step=self.config.train.steps if step is None else step,
-            parameters=sum(int(np.prod(leaf.shape)) for leaf in params.values()),
+            parameters=count(self.config.model, params),
             splits=splits,
             kinds=kinds,
             rows=tuple(rows),

@@ -21,7 +21,7 @@ from vlm_jax.errors import ConfigError, DataError
 from vlm_jax.evaluation import devices
 from vlm_jax.evaluation.vision import Vision
 from vlm_jax.models import params as parameters
-from vlm_jax.models import sampling
+from vlm_jax.models import prefixes, sampling
 from vlm_jax.models.sva import Visual
 from vlm_jax.presets.generation import Generation
 
@@ -149,7 +149,9 @@ class Predictor:
     def _check_length(self, length: int) -> None:
         """Raises DataError where a decoder with a table of positions has none for the last ones."""
         decoder = self.config.model.decoder
-        table = decoder.positions - decoder.position_offset
+        table = (
+            decoder.positions - decoder.position_offset - prefixes.length(self.params, "decoder")
+        )
         if decoder.position == "learned" and length > table:
             raise DataError(
                 f"prompt and reply have up to {length} tokens; the decoder's table of positions "

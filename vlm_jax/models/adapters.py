@@ -4,7 +4,8 @@ Beside ".../query/kernel" stand the leaves ".../query/lora_a" and so on, so that
 parameters says by itself which layers are adapted. With LoRA and DoRA the product with A and B is
 added to the layer's own (Hu et al. 2022), never to its kernel: then the input can be dropped from,
 and no gradient as large as the kernel is ever made. A bottleneck (Houlsby et al. 2019) follows the
-layer: two matrices with an activation between them, and a residual around them. Below a stack all
+layer: two matrices with an activation between them, and a residual around them. A prefix (Li and
+Liang 2021) stands beside the kernel of an attention's keys, see `prefixes`. Below a stack all
 leaves have the layers as first axis. D and F are what goes into the layer and comes out, heads and
 all; R is the rank.
 """
@@ -20,14 +21,17 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from vlm_jax.errors import ConfigError
-from vlm_jax.models.layers import ACTIVATIONS, Linear, drop
+from vlm_jax.models import prefixes, quantised
+from vlm_jax.models.layers import ACTIVATIONS, Attention, Linear, drop, product
+from vlm_jax.models.quantised import KERNEL, beside
 
-KERNEL = "kernel"
 A, B, SCALE, MAGNITUDE = "lora_a", "lora_b", "lora_scale", "magnitude"
 LORA = (A, B, SCALE, MAGNITUDE)
 DOWN, DOWN_BIAS, UP, UP_BIAS = (f"bottleneck_{x}" for x in ("down", "down_bias", "up", "up_bias"))
 BOTTLENECK = (DOWN, DOWN_BIAS, UP, UP_BIAS)
-LEAVES = LORA + BOTTLENECK
+BIASES = (DOWN_BIAS, UP_BIAS, *prefixes.BIASES)
+PREFIX = (prefixes.KEYS, prefixes.EMBEDDING)  # one of them, if there is a prefix
+LEAVES = LORA + BOTTLENECK + prefixes.LEAVES
 NEAR_ZERO = (
     1e-3  # deviation that Houlsby's matrices start from, so that they change next to nothing
 )
@@ -42,17 +46,17 @@ class Spec:
       scale: factor of the product with A and B.
       magnitude: whether columns are rescaled to a learned length (DoRA).
       bottleneck: whether it follows the layer instead, R wide.
+      prefix: whether it is R keys and values before those of an attention, whose kernel of keys
+        this is.
+      hidden: width of the network that makes a prefix; 0 = its keys and values are the leaves.
     """
 
     rank: int
     scale: float
     magnitude: bool = False
     bottleneck: bool = False
-
-
-def beside(kernel: str, leaf: str) -> str:
-    """Path of a leaf beside the kernel at a path."""
-    return f"{kernel.removesuffix(KERNEL)}{leaf}"
+    prefix: bool = False
+    hidden: int = 0
 
 
 def is_leaf(path: str) -> bool:
@@ -61,7 +65,7 @@ def is_leaf(path: str) -> bool:
 
 
 def kernels(flat: Iterable[str], leaf: str = A) -> list[str]:
-    """Paths of the kernels that have LoRA or DoRA, or with `leaf=DOWN` a bottleneck."""
+    """Paths of the kernels that have a leaf beside them: with `DOWN` a bottleneck and so on."""
     return [path.removesuffix(leaf) + KERNEL for path in flat if path.endswith(f"/{leaf}")]
 
 
@@ -76,16 +80,20 @@ def shapes(
       axes: how many of the kernel's axes go in.
       stacked: whether its first axis is that of layers.
     """
-    lead, rest = kernel.shape[:stacked], kernel.shape[stacked:]
+    rest = kernel.shape[stacked:]
     fan_in, fan_out = math.prod(rest[:axes]), math.prod(rest[axes:])
-    if spec.bottleneck:
+    if spec.prefix:
+        found = prefixes.shapes(spec.rank, spec.hidden, rest[axes:])
+    elif spec.bottleneck:
         matrices = (fan_out, spec.rank), (spec.rank,), (spec.rank, fan_out), (fan_out,)
         found = dict(zip(BOTTLENECK, matrices, strict=True))
     else:
         found = {A: (fan_in, spec.rank), B: (spec.rank, fan_out), SCALE: ()}
         found |= {MAGNITUDE: (fan_out,)} if spec.magnitude else {}
+    lead = {name: () if name in prefixes.SHARED else kernel.shape[:stacked] for name in found}
     return {
-        name: jax.ShapeDtypeStruct((*lead, *shape), jnp.float32) for name, shape in found.items()
+        name: jax.ShapeDtypeStruct((*lead[name], *shape), jnp.float32)
+        for name, shape in found.items()
     }
 
 
@@ -95,8 +103,12 @@ def init(
     """An adapter that changes nothing yet, or next to nothing, drawn as its authors do.
 
     As in `peft`, A is uniform within one over the root of D (torch's Kaiming with a = sqrt 5), B is
-    0, and the magnitudes are the lengths of the kernel's columns.
+    0, and the magnitudes are the lengths of the kernel's columns. Prefixes are drawn as there, from
+    a normal distribution of deviation 1, which does change what the model says; the network that
+    makes them as torch draws linear layers.
     """
+    if spec.prefix:
+        return prefixes.drawn(leaves, key)
     if spec.bottleneck:
         keys = jax.random.split(key)
         found = {name: jnp.zeros(leaf.shape) for name, leaf in leaves.items()}
@@ -115,6 +127,15 @@ def init(
     return found
 
 
+def keys_values(flat: Mapping[str, Array]) -> dict[str, tuple[Array, Array]]:
+    """Keys and values of each prefix, by path of the kernel that it stands beside."""
+    found = {}
+    for path in (path for first in PREFIX for path in kernels(flat, first)):
+        own = {name: flat[p] for name in prefixes.LEAVES if (p := beside(path, name)) in flat}
+        found[path] = prefixes.keys_values(own)
+    return found
+
+
 def keyed(key: Array, path: str) -> Array:
     """A key of its own for every path, whatever others there are."""
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
@@ -124,13 +145,14 @@ def merged(flat: Mapping[str, Array]) -> dict[str, Array]:
     """The parameters without adapters: each kernel does what both did, in the kernel's dtype.
 
     Raises:
-      ConfigError: there is a bottleneck, which no kernel can do the work of.
+      ConfigError: there is a bottleneck or a prefix, which no kernel can do the work of.
     """
-    if kernels(flat, DOWN):
-        raise ConfigError(
-            f"{kernels(flat, DOWN)[0]} is followed by a bottleneck adapter, which cannot be merged "
-            "into it: expected LoRA or DoRA, to be exported"
-        )
+    for leaf, kind in (DOWN, "a bottleneck"), *((name, "a prefix") for name in PREFIX):
+        if kernels(flat, leaf):
+            raise ConfigError(
+                f"{kernels(flat, leaf)[0]} has {kind} adapter, which cannot be merged into it: "
+                "expected LoRA or DoRA, to be exported"
+            )
     found = {path: leaf for path, leaf in flat.items() if not is_leaf(path)}
     for path in kernels(flat):
         found[path] = _merged(flat[path], {name: flat.get(beside(path, name)) for name in LORA})
@@ -176,9 +198,12 @@ class Lora(nnx.Module):
         self.rate = rate
 
     def __call__(
-        self, x: Float[Array, "n D"], kernel: Float[Array, "..."], y: Float[Array, "n F"]
+        self, x: Float[Array, "n D"], kernel, y: Float[Array, "n F"]
     ) -> Float[Array, "n F"]:
-        """What the adapted layer makes of x, given what its kernel alone makes of it, `y`."""
+        """What the adapted layer makes of x, given what its kernel alone makes of it, `y`.
+
+        The kernel is what `layers.product` takes.
+        """
         dropped = x if self.key is None else drop(x, self.rate, self.key[...])
         a, b = self.a[...].astype(x.dtype), self.b[...].astype(x.dtype)
         inner = jnp.matmul(jnp.matmul(dropped, a), b, preferred_element_type=y.dtype)
@@ -186,9 +211,9 @@ class Lora(nnx.Module):
         if self.magnitude is None:
             return y + added
         # The layer's own part reads what was dropped from as well; `y` itself stays (peft).
-        matrix = kernel.reshape(x.shape[-1], -1)
-        own = y if self.key is None else jnp.matmul(dropped, matrix.astype(x.dtype)).astype(y.dtype)
-        factor = (self.magnitude[...] / self._lengths(matrix)).astype(y.dtype)
+        own = y if self.key is None else product(dropped, kernel).astype(y.dtype)
+        lengths = self._lengths(kernel[...].reshape(x.shape[-1], -1))
+        factor = (self.magnitude[...] / lengths).astype(y.dtype)
         return y + (factor - 1) * own + factor * added
 
     def _lengths(self, kernel: Float[Array, "D F"]) -> Float[Array, " F"]:
@@ -232,13 +257,13 @@ def attach(
       key: dropout's; None = evaluation.
 
     Raises:
-      ValueError: there is no linear layer at a path, or its kernel has another size.
+      ValueError: there is no linear layer or attention at a path, or its kernel has another size.
     """
     for path in kernels(flat):
         leaves = {name: flat[p] for name in LORA if (p := beside(path, name)) in flat}
         layer = _layer(module, path)
-        whole, (*lead, fan_in, _), fan_out = layer.kernel.size, leaves[A].shape, leaves[B].shape[-1]
-        if whole != math.prod(lead) * fan_in * fan_out:
+        (*lead, fan_in, _), fan_out = leaves[A].shape, leaves[B].shape[-1]
+        if layer.kernel.size != math.prod(lead) * fan_in * fan_out:
             raise ValueError(
                 f"the adapter at {path} is of {fan_in} by {fan_out} numbers; the kernel has the "
                 f"shape {layer.kernel.shape}"
@@ -250,11 +275,37 @@ def attach(
     for path in kernels(flat, DOWN):
         layer = _layer(module, path)
         layer.after = nnx.data(Bottleneck({name: flat[beside(path, name)] for name in BOTTLENECK}))
+    for path, own in keys_values(flat).items():
+        attention = _module(module, path.split("/")[:-2])
+        if not isinstance(attention, Attention):
+            raise ValueError(f"there is no attention around {path}, which a prefix is for")
+        attention.prefix = nnx.data(prefixes.Prefix(*own))
+
+
+def attach_quantised(
+    module: nnx.Module, flat: Mapping[str, Array], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Puts kernels that are held in few bits into the layers of a module.
+
+    Args:
+      module: has the layers at their paths.
+      flat: leaves by path; others than those of such kernels are passed over.
+      shapes: of the kernels, by path.
+    """
+    for path in quantised.kernels(flat):
+        codes, scales = (flat[beside(path, name)] for name in quantised.LEAVES)
+        layer, lead = _layer(module, path), codes.ndim - 2
+        layer.kernel = quantised.Quantised(codes, scales, shapes[path][lead:], layer.axes)
 
 
 def _layer(module: nnx.Module, kernel: str) -> Linear:
-    for name in kernel.split("/")[:-1]:
-        module = module[int(name)] if name.isdigit() else getattr(module, name, None)
-    if not isinstance(module, Linear):
+    found = _module(module, kernel.split("/")[:-1])
+    if not isinstance(found, Linear):
         raise ValueError(f"there is no linear layer at {kernel}, which an adapter is for")
+    return found
+
+
+def _module(module: nnx.Module, names: list[str]) -> nnx.Module | None:
+    for name in names:
+        module = module[int(name)] if name.isdigit() else getattr(module, name, None)
     return module

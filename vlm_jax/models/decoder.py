@@ -98,7 +98,8 @@ class Block(nnx.Module):
         if look.distance is not None:
             bias = -slopes(self.decoder.heads)[:, None, None] * look.distance
         cap = self.decoder.attention_cap
-        seen = attend(query, k, v, look.mask, scale=scale, bias=bias, cap=cap)
+        prefix = self.attention.prefix
+        seen = attend(query, k, v, look.mask, scale=scale, bias=bias, cap=cap, prefix=prefix)
         return self.attention.out(seen), cache
 
 
@@ -186,11 +187,13 @@ class LanguageModel(nnx.Module):
           together: where query and key are of one block, read unless `window_in_blocks` is set.
         """
         keys = (None,) * 2 if key is None else jax.random.split(key)
+        key_positions = positions if key_positions is None else key_positions
+        # Tokens are counted from the end of a prefix, as transformers counts behind a cache.
+        positions, key_positions = (p + self.prefixed for p in (positions, key_positions))
         if self.positions is not None:
             rows = self.positions[...][positions + self.decoder.position_offset]
             x = x + rows.astype(x.dtype)  # after the gather, as in `embed`
         x = drop(x, self.decoder.dropout, keys[0])
-        key_positions = positions if key_positions is None else key_positions
         kinds = sorted(set(self.decoder.layers))
         together = None if self.decoder.window_in_blocks else together
         places = mask, positions, key_positions, together
@@ -212,6 +215,12 @@ class LanguageModel(nnx.Module):
         hook = None if hook is None else _on_hidden(hook)
         (x, own), _ = run(self.stack, hook, apply, (x, own), per_layer=inputs, key=keys[1])
         return x, None if cache is None else own._replace(seen=cache.seen)
+
+    @property
+    def prefixed(self) -> int:
+        """Keys and values that a prefix adapter puts before those of the tokens."""
+        prefix = self.stack.first.attention.prefix
+        return 0 if prefix is None else prefix.length
 
     def unembed(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Float32 logits of hidden states: the final norm, then the output matrix."""

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from vlm_jax.models.quantised import Quantised
 from vlm_jax.parallel.sharding import constrain
 
 ACTIVATIONS = {
@@ -55,16 +56,24 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "..."], dtype=None) -> Float[Array, "..."]:
         """The product in `dtype`, by default that of `x`; it is always accumulated in float32."""
-        kernel = self.kernel[...].astype(x.dtype)
-        batch, outputs = x.shape[: x.ndim - self.axes], kernel.shape[self.axes :]
-        fan_in = math.prod(kernel.shape[: self.axes])
+        batch, outputs = x.shape[: x.ndim - self.axes], self.kernel.shape[self.axes :]
         # As matrices: XLA's CPU backend is an eighth slower on the same product of more axes.
-        matrices = x.reshape(-1, fan_in), kernel.reshape(fan_in, -1)
-        y = jnp.matmul(*matrices, preferred_element_type=dtype)
-        y = y if self.adapter is None else self.adapter(matrices[0], self.kernel[...], y)
+        x = x.reshape(-1, math.prod(self.kernel.shape[: self.axes]))
+        y = product(x, self.kernel, dtype)
+        y = y if self.adapter is None else self.adapter(x, self.kernel, y)
         y = y.reshape(*batch, *outputs)
         y = y if self.bias is None else y + self.bias[...].astype(y.dtype)
         return y if self.after is None else self.after(y)
+
+
+def product(
+    x: Float[Array, "n D"], kernel: Array | nnx.Param | Quantised, dtype=None
+) -> Float[Array, "n F"]:
+    """A product with a kernel as a matrix, in `dtype`, by default that of `x`."""
+    if isinstance(kernel, Quantised):
+        return kernel.product(x, dtype)
+    matrix = kernel[...].astype(x.dtype).reshape(x.shape[-1], -1)
+    return jnp.matmul(x, matrix, preferred_element_type=dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -173,6 +182,7 @@ class Attention(nnx.Module):
         self.key = Linear((context,), (kv_heads, head_dim), bias=key_bias, rngs=rngs)
         self.value = Linear((context,), (kv_heads, head_dim), bias=value_bias, rngs=rngs)
         self.out = Linear((heads, head_dim), (width,), bias=out_bias, rngs=rngs)
+        self.prefix = None  # see `models.adapters`
 
     def project(
         self, x: Float[Array, "B T D"], context: Float[Array, "B S D"]
@@ -195,7 +205,7 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], context: Float[Array, "B S D"], mask=None
     ) -> Float[Array, "B T D"]:
-        return self.out(attend(*self.project(x, context), mask))
+        return self.out(attend(*self.project(x, context), mask, prefix=self.prefix))
 
 
 def attend(
@@ -207,6 +217,7 @@ def attend(
     scale: float | None = None,
     bias: Float[Array, "B H T S"] | None = None,
     cap: float = 0.0,
+    prefix: Callable | None = None,
 ) -> Float[Array, "B T H K"]:
     """Scaled dot-product attention, softmax in float32.
 
@@ -216,7 +227,10 @@ def attend(
       scale: factor on scores; by default one over the root of K.
       bias: added to scaled scores.
       cap: c of c * tanh(score / c); 0 = none.
+      prefix: puts keys and values before the others, which all queries see (`prefixes.Prefix`).
     """
+    if prefix is not None:
+        key, value, mask = prefix(key, value, mask)
     if not cap:
         return jax.nn.dot_product_attention(query, key, value, bias, mask, scale=scale)
     scores = _scores(query, key, query.shape[-1] ** -0.5 if scale is None else scale)
@@ -285,6 +299,11 @@ class Stack(nnx.Module):
         self.layers = layers
         self.remat = remat
 
+    @property
+    def first(self) -> nnx.Module:
+        """The blocks as one, for what they have in common."""
+        return self.blocks
+
     def __call__(self, apply: Callable, carry, per_layer=None, key: Array | None = None):
         """Runs `apply(block, carry, inputs, key) -> (carry, output)` over the layers.
 
@@ -328,6 +347,11 @@ class Layers(nnx.Module):
 
     def __init__(self, blocks: list[nnx.Module]):
         self.blocks = nnx.List(blocks)
+
+    @property
+    def first(self) -> nnx.Module:
+        """See `Stack`."""
+        return self.blocks[0]
 
     def __call__(self, apply: Callable, carry, per_layer=None, key: None = None):
         """See `Stack`."""

@@ -6,6 +6,7 @@ within an image, and features leave as a slot per image. B counts rows, N image 
 a row, t tokens of a slot.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -83,6 +84,7 @@ def attention(
     value: Float[Array, "B T G K"],
     rows: Rows,
     scale: float | None = None,
+    prefix: Callable | None = None,
 ) -> Float[Array, "B T H K"]:
     """Attention within each image, in the way that scores fewer pairs of tokens.
 
@@ -90,20 +92,24 @@ def attention(
     """
     slots, room = rows.tokens.shape[1:]
     fewer = by_slots if slots * room**2 < rows.owner.shape[1] ** 2 else over_rows
-    return fewer(query, key, value, rows, scale)
+    return fewer(query, key, value, rows, scale, prefix)
 
 
-def over_rows(query, key, value, rows: Rows, scale: float | None) -> Float[Array, "B T H K"]:
+def over_rows(
+    query, key, value, rows: Rows, scale: float | None, prefix: Callable | None = None
+) -> Float[Array, "B T H K"]:
     """All pairs of a row, those of two images masked out."""
     mask = rows.owner[:, None, :, None] == rows.owner[:, None, None, :]
-    return attend(query, key, value, mask, scale=scale)
+    return attend(query, key, value, mask, scale=scale, prefix=prefix)
 
 
-def by_slots(query, key, value, rows: Rows, scale: float | None) -> Float[Array, "B T H K"]:
+def by_slots(
+    query, key, value, rows: Rows, scale: float | None, prefix: Callable | None = None
+) -> Float[Array, "B T H K"]:
     """All pairs of each slot's room."""
     mask = rows.there.reshape(-1, 1, 1, rows.there.shape[-1])
     parts = (apart(x, rows) for x in (query, key, value))
-    return together(attend(*parts, mask, scale=scale), rows)
+    return together(attend(*parts, mask, scale=scale, prefix=prefix), rows)
 
 
 def of_tokens(x: Float[Array, "B N D"], rows: Rows) -> Float[Array, "B T D"]:

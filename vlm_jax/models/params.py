@@ -12,9 +12,12 @@ import jax
 from flax import nnx
 from jaxtyping import Array
 
-from vlm_jax.models import adapters
+from vlm_jax.models import adapters, decoder, mapping, prefixes, qformer, quantised, vit
 from vlm_jax.models.layers import Linear
 from vlm_jax.models.vlm import VLM
+
+# Blocks whose `attention` is that of tokens to each other, which a prefix can stand before.
+SELF_ATTENDING = (decoder.Block, vit.Block, qformer.Layer, mapping.MapperBlock)
 
 # Logical axes by path, without the layers' axis; the first pattern matching the whole path holds.
 AXES = (
@@ -64,12 +67,16 @@ def axes(path: str) -> tuple[str | None, ...]:
     Raises:
       KeyError: no row of AXES matches; every parameter of every model must have one.
     """
+    stacked = "/stack/blocks/" in path
     if adapters.is_leaf(path):
         layer, _, leaf = path.rpartition("/")
-        return _adapter_axes(leaf, axes(f"{layer}/{adapters.KERNEL}"), "/stack/blocks/" in path)
+        return _adapter_axes(leaf, axes(f"{layer}/{adapters.KERNEL}"), stacked)
+    if quantised.is_leaf(path):
+        own = ("quantised", None) if path.endswith(quantised.CODES) else ("quantised",)
+        return ("layers", *own) if stacked else own
     for pattern, logical in AXES:
         if re.fullmatch(pattern, path):
-            return ("layers", *logical) if "/stack/blocks/" in path else logical
+            return ("layers", *logical) if stacked else logical
     raise KeyError(f"no logical axes for parameter {path!r}: add a row to models.params.AXES")
 
 
@@ -86,8 +93,15 @@ def _adapter_axes(leaf: str, kernel: tuple, stacked: bool) -> tuple[str | None, 
         adapters.DOWN_BIAS: (None,),
         adapters.UP: (None, last),
         adapters.UP_BIAS: (last,),
+        prefixes.KEYS: (None, last, None),
+        prefixes.VALUES: (None, last, None),
+        prefixes.EMBEDDING: (None, None),
+        prefixes.INNER: (None, None),
+        prefixes.INNER_BIAS: (None,),
+        prefixes.OUTER: (None, None, last, None),
+        prefixes.OUTER_BIAS: (None, last, None),
     }
-    return *layers, *own[leaf]
+    return own[leaf] if leaf in prefixes.SHARED else (*layers, *own[leaf])
 
 
 @functools.lru_cache(maxsize=32)
@@ -118,6 +132,29 @@ def linears(model) -> dict[str, int]:
     }
 
 
+@functools.lru_cache(maxsize=32)
+def prefixable(model) -> frozenset[str]:
+    """Paths of the kernels of keys of those attentions that a prefix can stand before."""
+    module = nnx.eval_shape(lambda: VLM(model, nnx.Rngs(0)))
+    return frozenset(
+        _path((*keys, "attention/key", adapters.KERNEL))
+        for keys, found in nnx.iter_modules(module)
+        if isinstance(found, SELF_ATTENDING)
+    )
+
+
+def restored(model, flat: Mapping[str, Array]) -> dict[str, Array]:
+    """The parameters with the kernels that are held in few bits as floats (float32)."""
+    return quantised.restored(flat, abstract(model), linears(model))
+
+
+def count(model, flat: Mapping[str, Array]) -> int:
+    """How many parameters there are; a kernel that is held in few bits counts as floats."""
+    shapes = abstract(model)
+    plain = (leaf.size for path, leaf in flat.items() if not quantised.is_leaf(path))
+    return sum(plain) + sum(shapes[path].size for path in quantised.kernels(flat))
+
+
 def init(model, key: Array) -> dict[str, Array]:
     """Fresh parameters; pure, so that jit with `out_shardings` makes each on its own devices."""
     state = nnx.state(VLM(model, nnx.Rngs(key)))
@@ -134,7 +171,7 @@ def build(
 
     Args:
       model: a `config.Model`.
-      flat: its parameters by path, and adapters' leaves.
+      flat: its parameters by path, and adapters' leaves; kernels may be held in few bits.
       rates: of adapters' dropout, by path of the kernel.
       key: of adapters' dropout; None = evaluation.
 
@@ -143,19 +180,27 @@ def build(
     """
     graph, state = _abstract(model)
     wanted = {_path(keys) for keys, _ in state}
-    given = {path for path in flat if not adapters.is_leaf(path)}
+    held = frozenset(quantised.kernels(flat))
+    given = held | {
+        path for path in flat if not (adapters.is_leaf(path) or quantised.is_leaf(path))
+    }
     if wanted != given:
         missing, extra = sorted(wanted - given), sorted(given - wanted)
         raise ValueError(
             f"parameters do not fit the model: missing {missing[:3]}, extra {extra[:3]}"
         )
     for keys, leaf in state:
+        if _path(keys) in held:
+            continue
         if flat[_path(keys)].shape != leaf.shape:  # many another shape would broadcast silently
             raise ValueError(
                 f"parameter {_path(keys)} has shape {flat[_path(keys)].shape}; the model expects "
                 f"{leaf.shape}: is it another model's?"
             )
-    leaves = [(keys, leaf.replace(flat[_path(keys)])) for keys, leaf in state]
+    # What is held in few bits is put in afterwards.
+    leaves = [(keys, leaf.replace(flat.get(_path(keys), ()))) for keys, leaf in state]
     vlm = nnx.merge(graph, nnx.from_flat_state(leaves))
+    shapes = {_path(keys): leaf.shape for keys, leaf in state if _path(keys) in held}
+    adapters.attach_quantised(vlm, flat, shapes)
     adapters.attach(vlm, flat, rates, key)
     return vlm

@@ -94,7 +94,8 @@ class Block(nnx.Module):
         query, key, value = self.attention.project(x, x)
         if angle is not None:
             query, key = grids.rotate_pairs(query, angle), grids.rotate_pairs(key, angle)
-        y = look(query, key, value, scale=self.encoder.attention_scale or None)
+        scale, prefix = self.encoder.attention_scale or None, self.attention.prefix
+        y = look(query, key, value, scale=scale, prefix=prefix)
         if self.inner_norm is not None:
             y = self.inner_norm(y.reshape(*x.shape[:2], -1)).reshape(y.shape)
         return self.attention.out(y)

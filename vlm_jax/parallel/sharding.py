@@ -17,6 +17,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
     "vocab": ("tensor",),
+    "quantised": ("fsdp", "tensor"),  # blocks of a kernel in few bits
     "layers": (),
 }
 

@@ -7,7 +7,7 @@ above it has filled. A table of learned positions is brought to the grid of the 
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -76,20 +76,45 @@ def shapes(
     return found | adapted
 
 
-def load(config: Config, places: Places) -> dict[str, Array]:
-    """The same leaves on their devices, in the folders' dtypes."""
+def load(
+    config: Config,
+    places: Places,
+    taken: Callable[[dict[str, Array]], dict[str, Array]] = lambda leaf: leaf,
+    alone: Collection[str] = (),
+) -> dict[str, Array]:
+    """The same leaves on their devices, in the folders' dtypes.
+
+    Args:
+      config: the run.
+      places: where each leaf lies, by path.
+      taken: what stands for leaves of `alone`, {path: leaf} -> leaves by path.
+      alone: paths of leaves that are read one by one, so that they are never there together.
+    """
     wanted, found = params.abstract(config.model), {}
     for _, source, pairs in _sources(config, wanted, {}):
-        # A table of positions lies alike on every grid: its rows are whole everywhere.
-        loaded = source.read({theirs: places[ours] for ours, theirs in pairs.items()})
-        for ours, theirs in pairs.items():
-            leaf = loaded.pop(theirs)
-            if leaf.shape != wanted[ours].shape:
-                old, new = _tables(source.model)[theirs], _tables(config.model)[ours]
-                leaf = jax.device_put(regridded(leaf, old, new), places[ours])
-            found[ours] = leaf
+        together = {ours: theirs for ours, theirs in pairs.items() if ours not in alone}
+        found |= _read(config, source, together, places) if together else {}
+        for ours in pairs.keys() - together.keys():
+            found |= taken(_read(config, source, {ours: pairs[ours]}, places))
     for path, leaf in _adapters(config).items():
-        found[path] = jax.make_array_from_callback(leaf.shape, places[path], leaf.__getitem__)
+        made = jax.make_array_from_callback(leaf.shape, places[path], leaf.__getitem__)
+        found |= taken({path: made}) if path in alone else {path: made}
+    return found
+
+
+def _read(
+    config: Config, source: Source, pairs: Mapping[str, str], places: Places
+) -> dict[str, Array]:
+    """Leaves of a source by the model's paths, tables of positions on its grids."""
+    wanted, found = params.abstract(config.model), {}
+    # A table of positions lies alike on every grid: its rows are whole everywhere.
+    loaded = source.read({theirs: places[ours] for ours, theirs in pairs.items()})
+    for ours, theirs in pairs.items():
+        leaf = loaded.pop(theirs)
+        if leaf.shape != wanted[ours].shape:
+            old, new = _tables(source.model)[theirs], _tables(config.model)[ours]
+            leaf = jax.device_put(regridded(leaf, old, new), places[ours])
+        found[ours] = leaf
     return found
 
 
@@ -182,8 +207,9 @@ def _adapters(config: Config) -> dict[str, np.ndarray]:
 
 def _refuse_others(config: Config, init: Init, leaves: Mapping[str, np.ndarray]) -> None:
     plan = adaptation.of(config)
+    shapes = plan.shapes | {path: held.kernel for path, held in plan.held.items()}
     for path, leaf in leaves.items():
-        made = plan.shapes[path].shape if path in plan.shapes else "nothing"
+        made = shapes[path].shape if path in shapes else "nothing"
         if made != leaf.shape:
             raise ConfigError(
                 f"config.init: {init.folder} has {leaf.shape} for {path}; config.adaptation makes "
@@ -219,18 +245,23 @@ def of_run(
     leaves: Mapping[str, jax.ShapeDtypeStruct],
     read: Callable[[Places], dict[str, Array]],
 ) -> Source:
-    """A run as a source: its adapters are merged.
+    """A run as a source: its adapters are merged, and kernels in few bits are floats.
 
     Args:
       model: the run's.
       leaves: its parameters to evaluate, adapters among them.
       read: gives those that it is told places of.
     """
-    whole = jax.eval_shape(adapters.merged, dict(leaves))
-    return Source(model, whole, functools.partial(_merged, leaves, set(whole), read))
+    whole = jax.eval_shape(functools.partial(_whole, model), dict(leaves))
+    return Source(model, whole, functools.partial(_merged, model, leaves, set(whole), read))
+
+
+def _whole(model: Model, leaves: dict[str, Array]) -> dict[str, Array]:
+    return adapters.merged(params.restored(model, leaves))
 
 
 def _merged(
+    model: Model,
     leaves: Mapping[str, jax.ShapeDtypeStruct],
     whole: set[str],
     read: Callable[[Places], dict[str, Array]],
@@ -249,6 +280,6 @@ def _merged(
     found = read({**places, **sharding.named(mesh, beside, params.axes)})
     for layer in {path.rpartition("/")[0] for path in beside}:
         paths = [path for path in found if path.rpartition("/")[0] == layer]
-        merged = adapters.merged({path: found.pop(path) for path in paths})
+        merged = _whole(model, {path: found.pop(path) for path in paths})
         found |= {path: jax.device_put(leaf, places[path]) for path, leaf in merged.items()}
     return found

@@ -85,7 +85,9 @@ def train(
                 saved.save(state.done, state, stream)
         checkpoints.write_config(workdir, config)
         if jax.process_index() == 0:
-            groups = adaptation.groups(plan, config.train.lr, states.kept_bytes(state))
+            groups = adaptation.groups(
+                plan, config.train.lr, states.kept_bytes(state), states.own_bytes(state)
+            )
             adaptation.write(Path(workdir), groups)
         run = _Run(config, Path(workdir), mesh, step_function, stream, interrupt, saved, evaluator)
         undo = Rollback(config, saved, stream, abstract, create)
@@ -167,7 +169,9 @@ def prepare(config: Config, hint: str = "") -> tuple[Mesh, Plan]:
     parts = memory.check(config, plan, mesh, abstract, hint)
     if jax.process_index() == 0:
         console = Console(width=None if sys.stdout.isatty() else TABLE_WIDTH)
-        groups = adaptation.groups(plan, config.train.lr, states.kept_bytes(abstract))
+        groups = adaptation.groups(
+            plan, config.train.lr, states.kept_bytes(abstract), states.own_bytes(abstract)
+        )
         console.print(adaptation.table(groups))
         estimate = ", ".join(f"{name} {adaptation.readable(x)}" for name, x in parts.items())
         axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())

@@ -1,5 +1,6 @@
 """Whether a run fits its devices, answered from shapes before anything large is allocated."""
 
+import collections
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
@@ -81,8 +82,8 @@ def needed(config: Config, plan: Plan, mesh: Mesh, state: State) -> dict[str, in
 
     Returns:
       parameters (float32 masters of what trains, the rest in its dtype), gradients, the moments of
-      AdamW, the average, and an estimate of the activations (see `Tower`; convolutional stems and
-      what the compiler adds are not counted).
+      AdamW, the average, an estimate of the activations (see `Tower`; convolutional stems and what
+      the compiler adds are not counted), and one layer's kernels that are held in few bits.
     """
     trainable = _bytes(state.trainable)
     parts = {
@@ -92,6 +93,7 @@ def needed(config: Config, plan: Plan, mesh: Mesh, state: State) -> dict[str, in
         "optimizer": _bytes(state.opt),
         "average": _bytes(state.ema),
         "activations": int(_activations(config, plan, mesh.shape)),
+        "kernels as floats": _restored(plan),
     }
     return {name: size for name, size in parts.items() if size}
 
@@ -122,6 +124,16 @@ def _bytes(tree) -> int:
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
     )
+
+
+def _restored(plan: Plan) -> int:
+    """Bytes of the largest layer's kernels in float32, of those that are held in few bits."""
+    sizes = collections.Counter()
+    for path, held in plan.held.items():
+        layer = path.partition("/stack/blocks/")[0] if held.stacked else path
+        layers = held.kernel.shape[0] if held.stacked else 1
+        sizes[layer] += FLOAT32 * held.kernel.size // layers
+    return max(sizes.values(), default=0)
 
 
 def _activations(config: Config, plan: Plan, mesh: Mapping[str, int]) -> float:

@@ -1,6 +1,7 @@
 """The state of a run: everything on the devices that a checkpoint must hold."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 import jax
@@ -62,8 +63,9 @@ def fresh(config: Config, plan: Plan, loaded: dict[str, Array] | None = None) ->
       loaded: parameters that are not drawn, by path.
     """
     init_key, dropout_key = jax.random.split(jax.random.key(config.seed))
-    flat = params.init(config.model, init_key) | (loaded or {})
-    trainable, frozen = plan.split(_adapters(plan, flat, init_key) | flat)
+    drawn = params.init(config.model, init_key)
+    flat = hold(plan, drawn | hold(plan, loaded or {}))
+    trainable, frozen = plan.split(_adapters(config, plan, flat, init_key) | flat)
     trainable = {path: leaf.astype(jnp.float32) for path, leaf in trainable.items()}
     return State(
         step=jnp.zeros((), jnp.int32),
@@ -76,9 +78,22 @@ def fresh(config: Config, plan: Plan, loaded: dict[str, Array] | None = None) ->
     )
 
 
-def _adapters(plan: Plan, flat: dict[str, Array], key: Array) -> dict[str, Array]:
+def hold(plan: Plan, flat: dict[str, Array]) -> dict[str, Array]:
+    """The parameters with kernels in few bits where the plan says so; pure.
+
+    A kernel whose codes are there too is left out.
+    """
+    found = {path: leaf for path, leaf in flat.items() if path not in plan.held}
+    for path, held in plan.held.items():
+        there = held.leaves(path).keys() <= flat.keys()
+        if path in flat and not there:
+            found |= held.hold(path, flat[path])
+    return found
+
+
+def _adapters(config: Config, plan: Plan, flat: dict[str, Array], key: Array) -> dict[str, Array]:
     """Fresh adapters of the kernels that have one."""
-    found = {}
+    found, flat = {}, params.restored(config.model, flat)
     for path, spec in plan.adapters.items():
         places = {name: adapters.beside(path, name) for name in adapters.LEAVES}
         shapes = {name: plan.shapes[p] for name, p in places.items() if p in plan.shapes}
@@ -116,6 +131,12 @@ def abstract(
     return jax.tree_util.tree_map_with_path(place, shapes)
 
 
+def own_bytes(state: State) -> dict[str, int]:
+    """Bytes of each parameter, over all devices."""
+    leaves = {**state.trainable, **state.frozen}
+    return {path: leaf.size * leaf.dtype.itemsize for path, leaf in leaves.items()}
+
+
 def kept_bytes(state: State) -> dict[str, int]:
     """Bytes that the optimizer and the average keep for each trainable path, over all devices."""
     kept = dict.fromkeys(state.trainable, 0)
@@ -134,7 +155,10 @@ def shardings(state: State) -> State:
 def create(config: Config, plan: Plan, mesh: Mesh) -> State:
     """A new run's state, each shard made or read on its own device."""
     places = shardings(abstract(config, plan, mesh))
-    loaded = initial.load(config, sharding.named(mesh, plan.shapes, params.axes))
+    kernels = {path: held.kernel for path, held in plan.held.items()}
+    loading = sharding.named(mesh, plan.shapes | kernels, params.axes)
+    taken = jax.jit(functools.partial(hold, plan))
+    loaded = initial.load(config, loading, taken, alone=kernels.keys())
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     options = QUICK_COMPILE if on_cpu else None
     init = jax.jit(

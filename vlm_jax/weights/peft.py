@@ -2,7 +2,7 @@
 
 A module of theirs has `lora_A.weight` [R, D], `lora_B.weight` [F, R] and for DoRA
 `lora_magnitude_vector` [F]; what is trained as a whole is among `modules_to_save`. Theirs has a
-module per layer where ours stacks them.
+module per layer where ours stacks them. Prefixes are stored otherwise, see `peft_prefix`.
 """
 
 import json
@@ -17,7 +17,7 @@ import numpy as np
 from vlm_jax.config import Model
 from vlm_jax.errors import ConfigError, DataError, StorageError
 from vlm_jax.models import adapters, params
-from vlm_jax.weights import files, tables
+from vlm_jax.weights import files, peft_prefix, tables
 from vlm_jax.weights.registry import Family, family
 from vlm_jax.weights.tables import Row
 
@@ -65,7 +65,7 @@ def write(
       folder: where to.
       model: its presets.
       model_type: the family whose class of transformers the adapter is for.
-      leaves: all of the model's by path, adapters' included.
+      leaves: all of the model's by path, adapters' included; kernels may be held in few bits.
       trained: paths of other leaves that go along, whole.
       dropout: of further training.
 
@@ -75,6 +75,9 @@ def write(
     """
     if adapters.kernels(leaves, adapters.DOWN):
         raise ConfigError("there are bottleneck adapters, which PEFT has no place for")
+    if peft_prefix.there(leaves):
+        _store(folder, *peft_prefix.written(model, leaves, trained))
+        return
     known = family(model_type)
     rows = {row.ours: row for row in known.rows(model)}
     tensors, ranks, alphas = {}, {}, {}
@@ -156,7 +159,8 @@ def _whole(
     known: Family, model: Model, leaves: Mapping[str, Any], trained: Iterable[str]
 ) -> Arrays:
     """Modules that hold trained leaves, with all of their tensors, by the names in memory."""
-    flat = {path: np.asarray(leaves[path]) for path in params.abstract(model)}
+    shapes = params.abstract(model)
+    flat = {p: np.asarray(leaves[p]) if p in leaves else leaf for p, leaf in shapes.items()}
     rows = known.rows(model)
     trained, theirs = set(trained), tables.theirs_of(rows, flat)
     homeless = trained - {row.ours for row in rows}
@@ -176,6 +180,12 @@ def _whole(
             raise ConfigError(
                 f"{module} was trained in part: PEFT stores whole modules; freeze it or train "
                 f"what is below it"
+            )
+        held = [row.ours for row, _ in entry.parts if row.ours not in leaves]
+        if held:
+            raise ConfigError(
+                f"{module} was trained in part and {held[0]} is held in few bits: PEFT stores "
+                "whole modules; freeze the rest of it"
             )
         parts = [
             (row, flat[row.ours] if i is None else flat[row.ours][i]) for row, i in entry.parts
@@ -198,7 +208,7 @@ def read(folder: Path, model: Model, model_type: str) -> Arrays:
     """Adapters and whole modules of a folder, as leaves of ours by path.
 
     Raises:
-      ConfigError: it asks for what is no LoRA or DoRA of linear layers.
+      ConfigError: it asks for what is no LoRA or DoRA of linear layers, and no prefix.
       DataError: it is missing, damaged, or of another model.
     """
     config = files.read_json(folder / CONFIG)
@@ -209,6 +219,8 @@ def read(folder: Path, model: Model, model_type: str) -> Arrays:
             "it as safetensors first"
         )
     source, known = files.Safetensors([folder / TENSORS]), family(model_type)
+    if config["peft_type"] == peft_prefix.KIND:
+        return peft_prefix.read(folder, model, config, source)
     names = {_canonical(known, model, name): name for name in source.shapes}
     found, used = {}, set()
     for path, row, group in _groups(known, model):
@@ -257,8 +269,9 @@ def _refuse_misfits(folder: Path, model: Model, found: Arrays) -> None:
 
 def _refuse_unknown(folder: Path, config: Mapping[str, Any]) -> None:
     kind = config.get("peft_type")
-    if kind != "LORA":
-        raise ConfigError(f"{folder / CONFIG}: peft_type is {kind!r}; expected 'LORA'")
+    if kind not in ("LORA", peft_prefix.KIND):
+        expected = f"'LORA' or '{peft_prefix.KIND}'"
+        raise ConfigError(f"{folder / CONFIG}: peft_type is {kind!r}; expected {expected}")
     asked = [name for name in UNKNOWN if config.get(name)]
     if config.get("bias", "none") != "none":
         asked.append("bias")
