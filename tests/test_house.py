@@ -155,9 +155,10 @@ def test_what_the_tests_and_tools_import_is_pinned():
 
 
 def test_models_and_parallel_name_only_jax_flax_jaxtyping_and_numpy():
-    for room in ("models", "parallel"):
-        beyond = {k: v for k, v in third_party(ROOT / "vlm_jax" / room).items() if k not in CORE}
-        assert not beyond
+    # qwix where kernels are held in few bits, and there alone: an extra, imported by the function.
+    for room, extra in (("models", {"qwix": "vlm_jax/models/quantised.py"}), ("parallel", {})):
+        found = third_party(ROOT / "vlm_jax" / room)
+        assert {k: v for k, v in found.items() if k not in CORE} == extra
 
 
 def test_models_and_parallel_import_where_nothing_else_is_installed():

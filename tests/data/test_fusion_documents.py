@@ -48,7 +48,7 @@ def test_a_config_with_fusion_survives_config_json(small):
         ({"start": 99}, "model.fusion.start is 99; expected one of the decoder's"),
         ({"count": 99}, "model.fusion.count is 99; expected no block after the last"),
         ({"both": True, "width": 7}, "model.fusion.width is 7; expected the decoder's width"),
-        ({"gate": "none"}, "model.fusion.gate is 'none'; expected one of number, vector"),
+        ({"gate": "row"}, "model.fusion.gate is 'row'; expected one of number, vector, none"),
     ],
 )
 def test_fusion_that_fits_no_decoder_is_refused_by_name(small, fields, message):

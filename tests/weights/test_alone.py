@@ -185,8 +185,8 @@ def test_settings_that_are_not_computed_are_refused_by_name(name, config, messag
 @pytest.mark.parametrize(
     ("model", "named"),
     [
-        (Model(published("clip-b32"), text=text.PUBLISHED["clip-b32"]), "project_images"),
-        (Model(published("clip-b32"), text=text.PUBLISHED["siglip-b16"]), "project_images"),
+        (Model(published("clip-b32"), text=text.PUBLISHED["clip-b32"]), "image_pool"),
+        (Model(published("clip-b32"), text=text.PUBLISHED["siglip-b16"]), "image_pool"),
         (Model(published("siglip-l16-256", pool="map"), text=text.PUBLISHED["siglip-b16"]), "out"),
         (Model(text=text.PUBLISHED["siglip-b16"]), "encoder"),
         (Model(published("siglip-b16", pool="class")), "pool"),
