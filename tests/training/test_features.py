@@ -82,6 +82,7 @@ def test_a_full_memory_costs_time_and_nothing_else(made, calls):
     np.testing.assert_array_equal(first.images.features, again.images.features)
 
 
+@pytest.mark.slow
 def test_a_run_with_remembered_features_is_the_run_without(tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "train_stream", lambda config: Twice())
     without = dataclasses.replace(
