@@ -21,7 +21,7 @@ from vlm_jax.parallel import mesh as meshes
 from vlm_jax.presets.connectors import Connector
 from vlm_jax.presets.decoders import decoder
 from vlm_jax.presets.encoders import Encoder
-from vlm_jax.training import adaptation, checkpoints, objectives
+from vlm_jax.training import adaptation, checkpoints, features, objectives
 from vlm_jax.training import state as states
 from vlm_jax.training import step as steps_of
 
@@ -163,3 +163,21 @@ def test_what_pairs_have_no_use_for_is_refused(part, changes, message):
     changed = dataclasses.replace(getattr(run, part), **changes)
     with pytest.raises(ConfigError, match=message):
         c.check(dataclasses.replace(run, **{part: changed}))
+
+
+def test_a_frozen_encoder_may_have_seen_the_pictures_before(leaves):
+    run = dataclasses.replace(
+        config(feature_cache=0.1),
+        adaptation=(c.Rule(r"encoder/.*", "frozen"), *c.FULL),  # as in LiT (Zhai et al. 2022)
+        parallel=c.Parallel(data=1),
+    )
+    features.check(run, adaptation.of(run))
+    with pipeline.train_stream(run) as stream:
+        batch, _ = next(stream)
+    mesh = meshes.make(c.Parallel(), jax.devices()[:1])
+    seen = features.Cache(run, mesh)(batch, leaves)
+    assert seen.images.patches is None and seen.images.features.shape == (8, 1, 1, 16)
+    vlm = params.build(run.model, leaves)
+    with jax.set_mesh(mesh):
+        losses = [objectives.losses(vlm, each, run)[0] for each in (batch, seen)]
+    np.testing.assert_allclose(*losses, rtol=1e-6)

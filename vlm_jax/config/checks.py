@@ -174,11 +174,16 @@ def _check_feature_cache(config: Config) -> None:
     _require(0 <= size < math.inf, "train.feature_cache", size, "at least 0")
     if not size:
         return
-    _require(not config.model.pair, "train.feature_cache", size, "0 of pairs, whose encoder trains")
     expected = "the defaults beside train.feature_cache: changed pictures do not come again"
     _require(data.augment == Augment(), "data.augment", data.augment, expected)
     shared = data.patches_per_row
     _require(not shared, "data.patches_per_row", shared, "0 beside train.feature_cache")
+    for i, encoder in enumerate(config.model.encoders):
+        path = f"model.extra_encoders[{i - 1}]" if i else "model.encoder"
+        for name in ("dropout", "drop_path"):
+            rate = getattr(encoder, name, 0.0)
+            expected = "0 beside train.feature_cache: what is dropped differs at every step"
+            _require(rate == 0, f"{path}.{name}", rate, expected)
 
 
 def _check_mixtures(data: Data) -> None:

@@ -59,7 +59,7 @@ class VLM(nnx.Module):
         keys = (
             (None,) * len(encoders) if dropout is None else jax.random.split(dropout, len(encoders))
         )
-        return tuple(map(_features, encoders, images, keys))
+        return tuple(map(seen_by, encoders, images, keys))
 
     def visual(
         self,
@@ -119,7 +119,7 @@ class VLM(nnx.Module):
         A Q-Former gives as many of an image as it has queries.
         """
         keys = (None, None) if dropout is None else jax.random.split(dropout)
-        seen = self.encoder(images, keys[0])
+        seen = seen_by(self.encoder, images, keys[0])
         if isinstance(self.text, Matching):
             texts = self.text.texts(self.connector, tokens, there, seen.x.shape[-1], keys[1])
             return self.text.images(self.connector, seen, keys[1]), texts
@@ -201,7 +201,8 @@ class VLM(nnx.Module):
         return maps.reshape(*images[0].grids.shape[:2], *maps.shape[1:])
 
 
-def _features(encoder: nnx.Module, images: Images, key: Array | None) -> Features:
+def seen_by(encoder: nnx.Module, images: Images, key: Array | None) -> Features:
+    """What an encoder sees, unless the images come with what it saw before."""
     if images.features is None:
         return encoder(images, key)
     flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731

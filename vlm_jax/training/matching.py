@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.batch import Batch
 from vlm_jax.models.layers import Features
-from vlm_jax.models.vlm import VLM
+from vlm_jax.models.vlm import VLM, seen_by
 from vlm_jax.training import pairs
 
 Sums = dict[str, Array]
@@ -63,7 +63,7 @@ def losses(
     keys = (None,) * 4 if dropout is None else jax.random.split(dropout, 4)
     heads, there = vlm.text, batch.segments > 0
     paired = (batch.images.grids[:, 0, 0] > 0) & jnp.any(batch.loss_weights > 0, axis=1)
-    seen = vlm.encoder(batch.images, keys[0])
+    seen = seen_by(vlm.encoder, batch.images, keys[0])
     read = heads.read(vlm.connector, seen, batch.tokens, there, keys[1], generate=True)
     scale = heads.scale()
     alike, sums = compared(read.images, read.texts, paired, scale, smoothing)
