@@ -27,11 +27,14 @@ def main(argv: Sequence[str]) -> None:
     doors.no_arguments(argv)
     workdir = doors.folder(_WORKDIR.value)
     study = _read(_FILE.value)
-    cells.run(_FILE.value, cells.of(study, workdir, _CELLS.value))
+    every, wanted = cells.of(study, workdir), cells.of(study, workdir, _CELLS.value)
     try:
-        print(table.write(workdir, cells.of(study, workdir)))
-    except OSError as error:
-        raise StorageError(f"{workdir}: the table cannot be written: {error}") from error
+        cells.run(_FILE.value, wanted)
+    finally:  # what is done is worth its table, whatever became of the rest
+        try:
+            print(table.write(workdir, every))
+        except OSError as error:
+            raise StorageError(f"{workdir}: the table cannot be written: {error}") from error
 
 
 def _read(file: str) -> dict:

@@ -3,9 +3,9 @@
 make pretrained models/efficientnet-lite0/config.json models/smollm2-135m-instruct/config.json
 python -m vlm_jax.study --config=configs/studies/smol.py --workdir=runs/studies/smol
 
-Every cell sees the same 8,000 captioned pictures, in batches of some 48. Five connectors, about as
-large but for the linear one, speak to a decoder that stays as it came; behind the MLP it is also
-trained by LoRA and whole. The encoder is frozen everywhere and sees every picture once.
+Every cell sees 8,000 captioned pictures, in batches of some 48. Five connectors (1.0M parameters of
+the linear one, 3.3M to 4.4M, 9.0M with gated cross-attention) speak to a decoder that stays as it
+came; behind the MLP it is also trained by LoRA and whole. The encoder is frozen everywhere.
 """
 
 from configs import common, smol

@@ -87,3 +87,13 @@ def test_a_study_runs_once_and_gives_its_table(study, tmp_path):
     assert run() == text
     after = [(tmp_path / "w" / c / "metrics.jsonl").stat().st_mtime_ns for c in study["CELLS"]]
     assert before == after
+
+
+def test_a_cell_is_told_once_of_a_signal_that_its_terminal_knows_of_too():
+    waits = "import os, sys; sys.exit(os.getsid(0) != os.getpid())"
+    assert cells._call((sys.executable, "-c", waits)) == 0
+
+
+def test_a_table_of_no_cells_is_written_where_nothing_is_yet(study, tmp_path):
+    assert table.write(tmp_path / "new", cells.of(study, tmp_path / "new")) == ""
+    assert json.loads((tmp_path / "new" / "table.json").read_text()) == []

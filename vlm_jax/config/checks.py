@@ -3,6 +3,7 @@
 import itertools
 import math
 import typing
+from collections.abc import Iterator
 from typing import Any
 
 from vlm_jax.config.tree import BASES, FIELDS, MODES, Augment, Config, Data, Model, Rule
@@ -178,8 +179,7 @@ def _check_feature_cache(config: Config) -> None:
     _require(data.augment == Augment(), "data.augment", data.augment, expected)
     shared = data.patches_per_row
     _require(not shared, "data.patches_per_row", shared, "0 beside train.feature_cache")
-    for i, encoder in enumerate(config.model.encoders):
-        path = f"model.extra_encoders[{i - 1}]" if i else "model.encoder"
+    for path, encoder in _encoders(config.model):
         for name in ("dropout", "drop_path"):
             rate = getattr(encoder, name, 0.0)
             expected = "0 beside train.feature_cache: what is dropped differs at every step"
@@ -217,10 +217,16 @@ def _check_patches(shared: int, most: int) -> None:
         _require(shared >= most, "data.patches_per_row", shared, expected)
 
 
+def _encoders(model: Model) -> Iterator[tuple[str, Any]]:
+    """Every encoder's preset by its path in the config."""
+    for i, encoder in enumerate(model.encoders):
+        yield (f"model.extra_encoders[{i - 1}]" if i else "model.encoder"), encoder
+
+
 def _check_views(model: Model, data: Data) -> None:
     """Whether there is room for what pictures become, and whether the connector takes it."""
-    for i, encoder in enumerate(model.encoders):
-        path, how = f"model.extra_encoders[{i - 1}]" if i else "model.encoder", encoder.resize
+    for path, encoder in _encoders(model):
+        how = encoder.resize
         room, native = getattr(encoder, "max_patches", 0), how.mode in how.NATIVE
         _require(
             native or room in (0, math.prod(encoder.grid)),
@@ -269,8 +275,7 @@ def check_model(model: Model, longest: int = 0) -> None:
       model: any of its towers may be absent.
       longest: text positions that the decoder must have room for.
     """
-    for i, encoder in enumerate(model.encoders):
-        path = f"model.extra_encoders[{i - 1}]" if i else "model.encoder"
+    for path, encoder in _encoders(model):
         _check_preset(encoder, path, encoder.problems())
         _check_preset(encoder.resize, f"{path}.resize", encoder.resize.problems(encoder))
     if model.connector is not None:

@@ -106,7 +106,8 @@ class _Failed(VlmError):
 
 def _call(command: Sequence[str]) -> int:
     """The exit code of a process that is told whatever signal asks this one to stop."""
-    with subprocess.Popen(command) as process:
+    # A session of its own: else Ctrl-C reaches it from the terminal too, and a second one kills.
+    with subprocess.Popen(command, start_new_session=True) as process:
         before = {n: signal.signal(n, lambda n, _: process.send_signal(n)) for n in SIGNALS}
         try:
             return process.wait()

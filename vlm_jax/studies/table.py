@@ -101,6 +101,7 @@ def write(workdir: Path, cells: Sequence[Cell]) -> str:
     found = rows(cells)
     text = markdown(found)
     plain: list[dict[str, Any]] = [dataclasses.asdict(each) for each in found]
+    workdir.mkdir(parents=True, exist_ok=True)
     (workdir / "table.json").write_text(json.dumps(plain, indent=1) + "\n")
     (workdir / "table.md").write_text(text)
     return text
