@@ -13,7 +13,7 @@ import pytest
 from batches import digest, with_pictures
 
 from vlm_jax.batch import Batch
-from vlm_jax.data import pipeline, sources, tokenizer
+from vlm_jax.data import images, pipeline, sources, tokenizer
 from vlm_jax.errors import ConfigError, DataError
 
 TOKENIZER = tokenizer.load("embedded")
@@ -115,6 +115,21 @@ def test_a_bad_picture_is_counted_and_changes_no_other_sample(small, spoiled, th
             assert not b.images.patches[row, hidden].any()
     assert hit and set(rejects) == {("one", "not_an_image")}
     assert rejects["one", "not_an_image"] >= 3 * hit
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_what_waits_for_a_row_is_not_decoded(small, spoiled, monkeypatch, threads):
+    config = small(pool=40, threads=threads)
+    shown = [int((batch.images.grids[..., 0] > 0).sum()) for batch, _ in first(config, 4)]
+    decoded = []
+    picture = images.picture
+    monkeypatch.setattr(images, "picture", lambda given: decoded.append(1) or picture(given))
+    stream = pipeline.train_stream(config)
+    made = stream._made()  # no batch is made ahead of its use, but one is begun where threads are
+    for _ in range(3):
+        next(made)
+    made.close()
+    assert sum(shown[:3]) <= len(decoded) <= sum(shown[: 4 if threads else 3])
 
 
 def test_too_many_bad_samples_end_the_run(small, spoiled):

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -13,6 +14,7 @@ from vlm_jax.data.example import Example, Image, ImageRef, Turn
 from vlm_jax.data.images import Views
 from vlm_jax.data.pictures import Pictures
 from vlm_jax.data.pieces import Rendered
+from vlm_jax.data.steps import Size
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.errors import DataError
 
@@ -51,11 +53,20 @@ class Document:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def weighed(self, factor: float) -> "Document":
-        """The same document, each of its tokens `factor` times as important."""
-        if factor == 1:
-            return self
-        return dataclasses.replace(self, loss_weights=self.loss_weights * np.float32(factor))
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        """Of each image, as the first encoder sees it."""
+        return tuple(view.shape[:2] for view in self.pixels)
+
+    @property
+    def views(self) -> tuple[Views, ...]:
+        """The images as each encoder sees them."""
+        return self.pixels, *self.extra_pixels
+
+    def unlearned(self, rejects: tuple[str, ...]) -> "Document":
+        """The same document, of which nothing is learned for these reasons."""
+        weights, texts = np.zeros_like(self.loss_weights), np.zeros_like(self.texts)
+        return dataclasses.replace(self, rejects=rejects, loss_weights=weights, texts=texts)
 
 
 def document(
@@ -73,72 +84,100 @@ def document(
       tokenizer: of the run.
       rng: where augmentation is drawn from; None = evaluation, which changes nothing.
     """
-    draft = drafted(example, config, tokenizer, rng)
-    draft.see()
-    return draft.document()
+    return drafted(example, config, tokenizer, rng).document()
 
 
-@dataclasses.dataclass
-class Draft:
-    """A sample whose words are tokens; `see()` makes its pixels, `document()` what it becomes.
+class Seen(NamedTuple):
+    """The pictures of a document.
 
     Attributes:
-      example: the sample.
-      rendered: its tokens, none where it is known to be of no use.
-      texts: the second text of each image.
-      pictures: of the sample.
-      rejects: why it is of no use, as far as is known.
-      truncated: whether its end was cut off.
-      seen: of every picture its views for each encoder.
+      views: all its images as each encoder sees them; blank ones for a picture that is bad.
+      rejects: what is wrong with those.
     """
 
-    example: Example
-    rendered: Rendered
-    texts: list[list[int]]
-    pictures: Pictures
-    rejects: list[str]
-    truncated: bool = False
-    seen: list[tuple[Views, ...]] = dataclasses.field(default_factory=list)
+    views: tuple[Views, ...]
+    rejects: tuple[str, ...] = ()
 
-    def see(self) -> None:
-        """Decodes the pictures; one that cannot be used is blank."""
-        for index in self.pictures.shown(self.rendered):
+
+@dataclasses.dataclass(frozen=True)
+class Draft:
+    """A document whose pictures are not decoded yet: all that packing asks.
+
+    Attributes:
+      words: the document without pixels.
+      sizes: of each image, as the first encoder will see it.
+      shown: which pictures it shows, in reading order.
+      pictures: of the sample.
+      seen: the same, where they are decoded already.
+    """
+
+    words: Document
+    sizes: tuple[Size, ...] = ()
+    shown: tuple[int, ...] = ()
+    pictures: Pictures | None = None
+    seen: Seen | None = None
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def see(self) -> Seen:
+        """Decodes the pictures, once: what is random of them would be drawn anew."""
+        if self.seen is not None:
+            return self.seen
+        seen, rejects = [], []
+        for index in self.shown:
             try:
-                self.seen.append(self.pictures.see(index))
+                seen.append(self.pictures.see(index))
             except images.BadImage as bad:
-                self.seen.append(self.pictures.blank(index))
-                self.rejects.append(bad.reason)
+                seen.append(self.pictures.blank(index))
+                rejects.append(bad.reason)
         self.pictures.forget()
+        return Seen(_by_encoder(seen, self.pictures.config), tuple(rejects))
+
+    def decoded(self) -> "Draft":
+        """The same with its pictures decoded."""
+        return dataclasses.replace(self, pictures=None, seen=self.see())
 
     def document(self) -> Document:
-        """What it has become."""
-        config = self.pictures.config
-        if _too_many_patches([view for first, *_ in self.seen for view in first], config):
-            return _build(self.example, _EMPTY, config, [], (), ("too_many_patches",))
-        made = self.rendered, config, self.texts, self.seen, tuple(self.rejects), self.truncated
-        return _build(self.example, *made)
+        """The whole document."""
+        seen = self.see()
+        words = self.words.unlearned(seen.rejects) if seen.rejects else self.words
+        pixels, *extra_pixels = seen.views
+        return dataclasses.replace(words, pixels=pixels, extra_pixels=tuple(extra_pixels))
 
 
 def drafted(
-    example: Example, config: Config, tokenizer: Tokenizer, rng: np.random.Generator | None = None
+    example: Example,
+    config: Config,
+    tokenizer: Tokenizer,
+    rng: np.random.Generator | None = None,
+    weight: float = 1.0,
 ) -> Draft:
-    """What `document` does before it looks at pixels; its arguments."""
+    """What `document` does before it looks at pixels; its arguments.
+
+    Args:
+      weight: of every token that is learned.
+    """
     augment = None if rng is None else config.data.augment
     pictures = Pictures(example.images, config, augment, rng)
     try:
         rendered = render(example.turns, pictures, tokenizer)
     except DataError:  # a system turn, say, under a template that has no place for one
-        return Draft(example, _EMPTY, [], pictures, ["no_place_for_turn"])
+        return rejected(example.key, example.source, "no_place_for_turn", config)
     rendered, truncated = _cut(rendered, config)
     texts = _second_texts(example, rendered, pictures, tokenizer)
-    if too_long := _too_long(rendered, texts, config):
-        return Draft(example, _EMPTY, [], pictures, [too_long])
-    return Draft(example, rendered, texts, pictures, [], truncated)
+    shown = pictures.shown(rendered)
+    sizes = pictures.sizes(shown)
+    if too_long := _too_long(rendered, texts, config) or _too_many_patches(sizes, config):
+        return rejected(example.key, example.source, too_long, config)
+    words = _words_of(example.key, example.source, rendered, config, texts, truncated, weight)
+    return Draft(words, sizes, shown, pictures)
 
 
 def rejected(key: str, source: str, reason: str, config: Config) -> Draft:
-    """Of a record that makes no Example."""
-    return Draft(Example(key, source, (), ()), _EMPTY, [], Pictures((), config), [reason])
+    """Of a sample that makes no document: one without a token."""
+    words = _words_of(key, source, _EMPTY, config, ())
+    return Draft(words.unlearned((reason,)), seen=Seen(_by_encoder((), config)))
 
 
 def _cut(rendered: Rendered, config: Config) -> tuple[Rendered, bool]:
@@ -180,7 +219,8 @@ def prompt_document(
             seen.append(shown.see(index))
         except images.BadImage as bad:
             raise DataError(f"image {index + 1} of the prompt cannot be used: {bad}") from bad
-    return _build(prompt, rendered, config, texts, seen, ())
+    words = _words_of(prompt.key, prompt.source, rendered, config, texts)
+    return Draft(words, seen=Seen(_by_encoder(seen, config))).document()
 
 
 def render(
@@ -233,49 +273,49 @@ def _too_long(rendered: Rendered, texts: list[list[int]], config: Config) -> str
     return ""
 
 
-def _too_many_patches(pictures: Sequence[Float[np.ndarray, "H W 3"]], config: Config) -> bool:
+def _too_many_patches(sizes: Sequence[Size], config: Config) -> str:
     """Whether the pictures do not fit into a row, as the first encoder sees them."""
     room = config.data.patches_per_row
-    return room > 0 and images.patches_of(pictures, config.model.encoder.patch) > room
+    too_many = room > 0 and images.patches_of(sizes, config.model.encoder.patch) > room
+    return "too_many_patches" if too_many else ""
 
 
-def _build(
-    example: Example,
+def _words_of(
+    key: str,
+    source: str,
     rendered: Rendered,
     config: Config,
     second_texts: Sequence[Sequence[int]],
-    pictures: Sequence[tuple[Views, ...]],
-    rejects: tuple[str, ...],
     truncated: bool = False,
+    weight: float = 1.0,
 ) -> Document:
-    size = config.data.text_tokens
-    texts = np.zeros((len(rendered.image_spans), size), np.int32)
+    """A document without its pixels."""
+    texts = np.zeros((len(rendered.image_spans), config.data.text_tokens), np.int32)
     for row, ids in zip(texts, second_texts, strict=True):
-        row[: 0 if rejects else len(ids)] = () if rejects else ids
+        row[: len(ids)] = ids
     weights = rendered.loss_weights
-    pixels, *extra_pixels = _by_encoder(pictures, config)
     return Document(
-        key=example.key,
-        source=example.source,
+        key=key,
+        source=source,
         tokens=rendered.tokens,
-        loss_weights=np.zeros_like(weights) if rejects else weights,
+        loss_weights=weights if weight == 1 else weights * np.float32(weight),
         blocks=_blocks(weights, config.data.attention),
         visual_index=rendered.visual_index,
         image_index=rendered.image_index,
-        pixels=pixels,
+        pixels=(),
         texts=texts,
-        rejects=rejects,
-        extra_pixels=tuple(extra_pixels),
         truncated=truncated,
     )
 
 
-def _by_encoder(pictures: Sequence[tuple[Views, ...]], config: Config) -> list[Views]:
+def _by_encoder(pictures: Sequence[tuple[Views, ...]], config: Config) -> tuple[Views, ...]:
     """All images of all pictures as each encoder sees them."""
-    return [
+    if len(pictures) == 1:
+        return pictures[0]
+    return tuple(
         tuple(view for picture in pictures for view in picture[i])
         for i in range(len(config.model.encoders))
-    ]
+    )
 
 
 def _blocks(weights: Float[np.ndarray, " L"], attention: str) -> Int[np.ndarray, " L"]:

@@ -5,7 +5,6 @@ hidden under transparent pixels never bleeds into edges. Pictures without any ar
 """
 
 import copy
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -173,9 +172,9 @@ def grid_of(pixels: Float[np.ndarray, "H W 3"], patch: int) -> tuple[int, int]:
     return pixels.shape[0] // patch, pixels.shape[1] // patch
 
 
-def patches_of(pictures: Sequence[Float[np.ndarray, "H W 3"]], patch: int) -> int:
-    """Patches of several pictures together."""
-    return sum(math.prod(grid_of(pixels, patch)) for pixels in pictures)
+def patches_of(sizes: Sequence[Size], patch: int) -> int:
+    """Patches of pictures of these sizes together."""
+    return sum((height // patch) * (width // patch) for height, width in sizes)
 
 
 def patchify(pixels: Float[np.ndarray, "H W 3"], patch: int) -> Float[np.ndarray, "P patch_dim"]:

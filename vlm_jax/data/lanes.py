@@ -7,14 +7,14 @@ and of the drawn ones that no row holds yet, which are made again on resume.
 """
 
 import collections
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 from vlm_jax.config import Data
 from vlm_jax.data import packing
 from vlm_jax.data.documents import Document
 from vlm_jax.data.packing import Shape
-from vlm_jax.data.reading import Awaited
+from vlm_jax.data.reading import Coming
 from vlm_jax.errors import DataError
 
 REJECT_WINDOW = 10_000  # documents of a host over which the share of bad ones is taken
@@ -48,80 +48,88 @@ class Lane:
     """One lane, from a position on.
 
     Args:
-      ask: begins to make the lane's document n; what it returns waits for it.
+      ask: begins to make the lane's document n.
       data: how documents are packed.
       shape: of the batch.
       position: where to begin.
       ahead: how many documents are asked for before they are needed.
-      rejected: called with this lane's document wherever one cannot be used.
+
+    Attributes:
+      position: where the lane stands after its last row, as far as its bad documents are known.
     """
 
     def __init__(
-        self,
-        ask: Callable[[int], Awaited],
-        data: Data,
-        shape: Shape,
-        position: Position,
-        ahead: int,
-        rejected: Callable[[Document], None],
+        self, ask: Callable[[int], Coming], data: Data, shape: Shape, position: Position, ahead: int
     ):
-        self._ask, self._shape, self._pool = ask, shape, data.pool
-        self._ahead, self._rejected = ahead, rejected
-        self.next, self._asked = position.next, position.next
-        self._coming: collections.deque[Awaited] = collections.deque()
-        again = [(n, ask(n)) for n in position.pending]
-        self._pending = [(n, wait()) for n, wait in again]
-        self.bad = collections.deque(position.bad)
+        self._ask, self._shape, self._pool, self._ahead = ask, shape, data.pool, ahead
+        self._next = self._asked = position.next
+        self._coming: collections.deque[Coming] = collections.deque()
+        self._pending = [(n, ask(n)) for n in position.pending]
+        self._bad = set(position.bad)
 
     @property
     def position(self) -> Position:
-        """Where the lane stands after its last row."""
-        return Position(self.next, tuple(n for n, _ in self._pending), tuple(self.bad))
+        return Position(self._next, tuple(n for n, _ in self._pending))
 
-    def row(self) -> list[Document]:
-        """The documents of the next row: tops up the pending ones and takes a row's worth."""
+    def row(self, useless: Callable[[Document], None]) -> list[tuple[int, Coming]]:
+        """The documents of the next row: tops up the pending ones and takes a row's worth.
+
+        Args:
+          useless: called with each that arrives and is of no use for any row.
+        """
         while len(self._pending) < self._pool:
             n, document = self._arrival()
-            if document.rejects:
-                self._note(n)
-                self._rejected(document)
-            if len(document):
+            if len(document.draft):
                 self._pending.append((n, document))
-        held = [document for _, document in self._pending]
+            else:
+                self.spoiled(n)
+                useless(document.draft.words)
+        held = [document.draft for _, document in self._pending]
         chosen = packing.choose(held, self._shape.needs, *self._shape.room)
+        row = [self._pending[i] for i in chosen]
         for i in reversed(chosen):
             del self._pending[i]
-        return [held[i] for i in chosen]
+        for _, document in row:
+            document.begin()
+        return row
 
-    def _arrival(self) -> tuple[int, Document]:
-        while self._asked <= self.next + self._ahead:
+    def spoiled(self, n: int) -> None:
+        """Document n, which may have come long ago, turned out to be bad."""
+        self._bad.add(n)
+
+    def settled(self, position: Position) -> Position:
+        """A position that it had, now with the bad documents before it.
+
+        Call it in the order of positions: what is too old for one is forgotten.
+        """
+        first = position.next - REJECT_WINDOW
+        self._bad = {n for n in self._bad if n >= first}
+        return position._replace(bad=tuple(sorted(n for n in self._bad if n < position.next)))
+
+    def _arrival(self) -> tuple[int, Coming]:
+        while self._asked <= self._next + self._ahead:
             self._coming.append(self._ask(self._asked))
             self._asked += 1
-        n, self.next = self.next, self.next + 1
-        return n, self._coming.popleft()()
-
-    def _note(self, n: int) -> None:
-        self.bad.append(n)
-        while self.bad[0] <= n - REJECT_WINDOW:
-            self.bad.popleft()
+        n, self._next = self._next, self._next + 1
+        return n, self._coming.popleft()
 
 
-def check_budget(lanes: Sequence[Lane], share: float, last: Document) -> None:
+def check_budget(positions: Collection[Position], share: float, last: Document) -> None:
     """Ends the run where more of a host's last documents are bad than allowed.
 
     Args:
-      lanes: of the host.
+      positions: of its lanes.
       share: of REJECT_WINDOW documents that may be bad.
       last: the newest of them, for the message.
 
     Raises:
       DataError: there are more.
     """
-    window = -(-REJECT_WINDOW // len(lanes))
-    bad = sum(n > lane.next - 1 - window for lane in lanes for n in lane.bad)
+    window = -(-REJECT_WINDOW // len(positions))
+    bad = sum(n > at.next - 1 - window for at in positions for n in at.bad)
     allowed = min(share * REJECT_WINDOW, REJECT_WINDOW - 1)
     if bad > allowed:
-        seen = min(sum(lane.next for lane in lanes), REJECT_WINDOW)
+        seen = min(sum(at.next for at in positions), REJECT_WINDOW)
         raise DataError(
             f"{bad} of the last {seen} samples could not be used; config.data.bad_samples allows "
             f"{allowed:.0f} in {REJECT_WINDOW}. The last one is {last.key} "

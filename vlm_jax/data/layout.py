@@ -83,6 +83,12 @@ def alike(model: Model) -> Layout | None:
     return layout(resizing.plan(model.encoder.size, model.encoder), model)
 
 
+@functools.cache
+def sizes_alike(model: Model) -> tuple[Size, ...]:
+    """Of the images of any picture, where `alike` says how it stands."""
+    return tuple(resizing.plan(model.encoder.size, model.encoder).sizes)
+
+
 def joins_tiles(model: Model) -> bool:
     """Whether the visual tokens of tiles are put together, line by line (LLaVA-NeXT)."""
     tiled = model.encoder.resize.mode == "pinpoints" and model.visual_in_sequence

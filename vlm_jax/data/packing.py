@@ -2,9 +2,10 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Int
@@ -12,8 +13,8 @@ from jaxtyping import Int
 from vlm_jax.batch import Batch, Images
 from vlm_jax.config import Config
 from vlm_jax.data import filling
-from vlm_jax.data.documents import Document
-from vlm_jax.data.images import View, dtype, grid_of, normalised, patches_of, put_patches
+from vlm_jax.data.documents import Document, Draft
+from vlm_jax.data.images import View, Views, dtype, grid_of, normalised, patches_of, put_patches
 from vlm_jax.presets.encoders import Encoder
 
 VERSION = 1  # raise it when the same documents would be packed otherwise
@@ -49,12 +50,12 @@ class Shape:
         """Tokens and images of a row, and patches where they are shared."""
         return (self.tokens, self.images, *((self.patches,) if self.patches else ()))
 
-    def needs(self, document: Document) -> tuple[int, ...]:
+    def needs(self, document: Document | Draft) -> tuple[int, ...]:
         """What a document takes of `room`."""
-        needs = len(document), len(document.pixels)
+        needs = len(document), len(document.sizes)
         if not self.patches:
             return needs
-        return *needs, patches_of(document.pixels, self.encoders[0].patch)
+        return *needs, patches_of(document.sizes, self.encoders[0].patch)
 
 
 def shape_of(config: Config, pad: int, **changes: Any) -> Shape:
@@ -143,8 +144,28 @@ def _reachable(sizes: Sequence[tuple[int, int]], tokens: int, images: int) -> li
     return reach[::-1]
 
 
+class Place(NamedTuple):
+    """Where a document stands in a batch: its row, its tokens there and the slots of its images."""
+
+    row: int
+    tokens: slice
+    images: slice
+
+
 def assemble(rows: Sequence[Sequence[Document]], shape: Shape) -> Batch:
     """Rows of documents as one Batch; missing rows are empty.
+
+    Raises:
+      ValueError: more rows than the shape has, or a row that does not fit.
+    """
+    batch, places = begun(rows, shape)
+    for place, document in zip(places, itertools.chain(*rows), strict=True):
+        show(batch, place, document.views, shape)
+    return finished(batch)
+
+
+def begun(rows: Sequence[Sequence[Document]], shape: Shape) -> tuple[Batch, list[Place]]:
+    """A Batch of documents without their images, each of which `show` puts into its place.
 
     Raises:
       ValueError: more rows than the shape has, or a row that does not fit.
@@ -152,8 +173,29 @@ def assemble(rows: Sequence[Sequence[Document]], shape: Shape) -> Batch:
     if len(rows) > shape.rows:
         raise ValueError(f"{len(rows)} rows for a batch of {shape.rows}")
     batch = _empty(shape)
-    for row, documents in enumerate(rows):
-        _fill(batch, row, documents, shape)
+    return batch, [place for n, row in enumerate(rows) for place in _fill(batch, n, row, shape)]
+
+
+def show(batch: Batch, place: Place, views: Sequence[Views], shape: Shape) -> None:
+    """Writes a document's images, as each encoder sees them, after those of the places before it.
+
+    Raises:
+      ValueError: they do not fit.
+    """
+    all_images = (batch.images, *batch.extra_images)
+    for images, pictures, encoder in zip(all_images, views, shape.encoders, strict=True):
+        for slot, view in enumerate(pictures, start=place.images.start):
+            _place(images, place.row, slot, _of(shape.dtype, view, encoder), encoder)
+
+
+def unlearn(batch: Batch, place: Place) -> None:
+    """Leaves nothing to learn of a document."""
+    batch.loss_weights[place.row, place.tokens] = 0
+    batch.image_texts[place.row, place.images] = 0
+
+
+def finished(batch: Batch) -> Batch:
+    """The batch, when all images are in their places."""
     for images in (batch.images, *batch.extra_images):
         _clear(images)
     return batch
@@ -203,11 +245,12 @@ def _no_images(shape: Shape, encoder: Encoder, shared: int) -> Images:
     )
 
 
-def _fill(batch: Batch, row: int, documents: Sequence[Document], shape: Shape) -> None:
-    """Writes documents one after another into a row, in place."""
+def _fill(batch: Batch, row: int, documents: Sequence[Document], shape: Shape) -> list[Place]:
+    """Writes the words of documents one after another into a row, in place."""
     token = image = 0
+    places = []
     for segment, document in enumerate(documents, start=1):
-        end, last_image = token + len(document), image + len(document.pixels)
+        end, last_image = token + len(document), image + len(document.texts)
         if end > shape.tokens or last_image > shape.images:
             raise ValueError(
                 f"row {row} needs {end} tokens and {last_image} images for {document.key}; it has "
@@ -222,12 +265,9 @@ def _fill(batch: Batch, row: int, documents: Sequence[Document], shape: Shape) -
         batch.visual_index[here] = _shifted(document.visual_index, image * shape.visual_tokens)
         batch.image_index[here] = _shifted(document.image_index, image)
         batch.image_texts[row, image:last_image] = document.texts
-        all_images = (batch.images, *batch.extra_images)
-        all_pixels = (document.pixels, *document.extra_pixels)
-        for images, pictures, encoder in zip(all_images, all_pixels, shape.encoders, strict=True):
-            for slot, view in enumerate(pictures, start=image):
-                _place(images, row, slot, _of(shape.dtype, view, encoder), encoder)
+        places.append(Place(row, here[1], slice(image, last_image)))
         token, image = end, last_image
+    return places
 
 
 @functools.lru_cache(maxsize=1024)

@@ -41,13 +41,19 @@ class Pictures:
         """How the picture stands in the sequence; one that cannot be used has a place too."""
         return self._alike or layout.layout(self._plan(index).plans[0], self.config.model)
 
-    def shown(self, rendered: Rendered) -> list[int]:
+    def shown(self, rendered: Rendered) -> tuple[int, ...]:
         """Which pictures are shown, in reading order; one may be shown again."""
-        found, spans = [], list(rendered.image_spans)
-        while spans:
-            found.append(spans[0].index)
-            del spans[: self.layout(spans[0].index).images]
-        return found
+        found, spans, at = [], rendered.image_spans, 0
+        while at < len(spans):
+            found.append(spans[at].index)
+            at += self.layout(spans[at].index).images
+        return tuple(found)
+
+    def sizes(self, shown: Sequence[int]) -> tuple[Size, ...]:
+        """Of all images of the pictures that are shown, as the first encoder will see them."""
+        if self._alike:  # nothing is planned: what is drawn for a picture is drawn when it is seen
+            return layout.sizes_alike(self.config.model) * len(shown)
+        return tuple(size for index in shown for size in self._plan(index).plans[0].sizes)
 
     def see(self, index: int) -> tuple[Views, ...]:
         """The views of the picture for each encoder.

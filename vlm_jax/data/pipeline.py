@@ -10,14 +10,16 @@ import contextlib
 import queue
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from vlm_jax.batch import Batch
 from vlm_jax.config import Config
 from vlm_jax.data import formats, lanes, mixing, order, packing, reading, sources
 from vlm_jax.data import tokenizer as tokenizers
+from vlm_jax.data.documents import Document
 from vlm_jax.data.lanes import Lane, Position
 from vlm_jax.data.packing import Info
+from vlm_jax.data.reading import Coming
 from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.errors import ConfigError, DataError
 from vlm_jax.presets.resizing import SQUASH
@@ -125,43 +127,97 @@ class TrainStream:
         """Batches from the current position on, each with the position after it."""
         reader = reading.Reader(self._config, self._split, self._opened)
         with contextlib.closing(reader):
-            rejected = []
-            opened = self._lanes(reader, rejected)
+            opened = self._lanes(reader)
+            chosen = collections.deque()
+            # Where others decode, they go on with the next batch while one is put together.
+            depth = 2 if reader.beside else 1
             while True:
-                rejected.clear()
-                each = self._shape.rows // len(opened)
-                rows = [lane.row() for lane in opened.values() for _ in range(each)]
-                batch = packing.assemble(rows, self._shape)
-                info = self._info(rows, rejected, opened)
-                _require_supervision(batch, info)
-                yield batch, info, {number: lane.position for number, lane in opened.items()}
+                while len(chosen) < depth:
+                    chosen.append(self._chosen(opened))
+                yield self._assembled(chosen.popleft(), opened)
 
-    def _lanes(self, reader: reading.Reader, rejected: list[packing.Rejected]) -> dict[int, Lane]:
-        """This host's lanes, each at its position; they append what cannot be used."""
+    def _lanes(self, reader: reading.Reader) -> dict[int, Lane]:
+        """This host's lanes, each at its position."""
         data, total = self._config.data, self._config.data.lanes
         ahead = -(-reader.ahead // len(self._positions))
-        opened = {}
-
-        def note(document) -> None:
-            rejected.extend((document.key, document.source, why) for why in document.rejects)
-            lanes.check_budget(list(opened.values()), data.bad_samples, document)
 
         def ask(lane: int):
             return lambda n: reader.ask(n * total + lane, self._mixture[n * total + lane])
 
-        for number, position in self._positions.items():
-            opened[number] = Lane(ask(number), data, self._shape, position, ahead, note)
-        return opened
+        return {
+            number: Lane(ask(number), data, self._shape, position, ahead)
+            for number, position in self._positions.items()
+        }
 
-    def _info(self, rows, rejected, opened: Mapping[int, Lane]) -> Info:
-        newest = max(lane.next * self._config.data.lanes + n for n, lane in opened.items())
+    def _chosen(self, opened: Mapping[int, Lane]) -> "_Chosen":
+        useless = []
+        each = self._shape.rows // len(opened)
+        rows = [
+            (number, lane.row(useless.append))
+            for number, lane in opened.items()
+            for _ in range(each)
+        ]
+        return _Chosen(rows, useless, {number: lane.position for number, lane in opened.items()})
+
+    def _assembled(
+        self, chosen: "_Chosen", opened: Mapping[int, Lane]
+    ) -> tuple[Batch, Info, dict[int, Position]]:
+        bad: list[Document] = []
+
+        def positions() -> dict[int, Position]:
+            return {number: opened[number].settled(at) for number, at in chosen.positions.items()}
+
+        def note(document: Document) -> None:
+            bad.append(document)
+            lanes.check_budget(positions().values(), self._config.data.bad_samples, document)
+
+        for document in chosen.useless:
+            note(document)
+        rows = [[coming.draft.words for _, coming in row] for _, row in chosen.rows]
+        batch, places = packing.begun(rows, self._shape)
+        every = ((number, n, coming) for number, row in chosen.rows for n, coming in row)
+        for place, (number, n, coming) in zip(places, every, strict=True):
+            # At once: a picture is put into its place while the processor has it at hand.
+            seen = coming.see()
+            packing.show(batch, place, seen.views, self._shape)
+            if seen.rejects:
+                packing.unlearn(batch, place)
+                opened[number].spoiled(n)
+                note(coming.draft.words.unlearned(seen.rejects))
+        batch, at = packing.finished(batch), positions()
+        info = self._info(rows, bad, at)
+        _require_supervision(batch, info)
+        return batch, info, at
+
+    def _info(
+        self,
+        rows: Sequence[Sequence[Document]],
+        bad: Sequence[Document],
+        positions: Mapping[int, Position],
+    ) -> Info:
+        rejected = tuple((d.key, d.source, why) for d in bad for why in d.rejects)
+        newest = max(at.next * self._config.data.lanes + n for n, at in positions.items())
         return Info(
             packing.names(rows),
             dict(collections.Counter((source, why) for _, source, why in rejected)),
-            tuple(rejected),
+            rejected,
             dict(collections.Counter(d.source for row in rows for d in row if d.truncated)),
             self._mixture.epochs(newest),
         )
+
+
+class _Chosen(NamedTuple):
+    """What becomes a batch.
+
+    Attributes:
+      rows: the lane of each and its documents.
+      useless: what came meanwhile and fits no row.
+      positions: of the lanes after it, without their bad documents.
+    """
+
+    rows: list[tuple[int, list[tuple[int, Coming]]]]
+    useless: list[Document]
+    positions: dict[int, Position]
 
 
 def merged(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

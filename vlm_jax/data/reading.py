@@ -1,11 +1,13 @@
 """Documents by number, made here, in threads or in processes: the same ones whichever it is.
 
-They are made in groups: the words of all, then the pixels of each. A picture drives all else out
-of the processor's caches, so that code that runs once a picture runs from memory, several times
-slower than in a row (`benchmarks/input.py`).
+Packing asks for words and sizes alone, so pictures wait for their row before they are decoded: a
+pool of a thousand documents holds no pixels. (Worker processes give documents with their pixels.)
+Words are made in groups. A picture drives all else out of the processor's caches, so that code that
+runs once a picture runs from memory, several times slower than in a row (`benchmarks/input.py`).
 """
 
 import concurrent.futures
+import functools
 import multiprocessing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,17 +17,16 @@ import numpy as np
 from vlm_jax.config import Config
 from vlm_jax.data import allocation, documents, engines, sources
 from vlm_jax.data import tokenizer as tokenizers
-from vlm_jax.data.documents import Document, Draft
+from vlm_jax.data.documents import Draft, Seen
 from vlm_jax.data.example import BadExample
 from vlm_jax.data.mixing import Drawn
 from vlm_jax.data.sources import Source
 from vlm_jax.errors import PeerError
 
-GROUP = 8  # documents that are made together
+GROUP = 8  # documents whose words are made together
 AHEAD = 2 * GROUP  # documents that are made ahead by each thread or process
 PATIENCE = 600.0  # seconds after which a worker process that gives nothing is taken for hung
 
-Awaited = Callable[[], Document]
 Asked = Sequence[tuple[int, Drawn]]
 
 
@@ -43,19 +44,11 @@ class Renderer:
         self._tokenizer = tokenizers.for_config(config)
         allocation.keep_freed()
 
-    def __call__(self, asked: Asked) -> list[Document]:
+    def __call__(self, asked: Asked) -> list[Draft]:
         """Documents k: each a pure function of the seed, k and the example that it is made of."""
-        drafts = [self._drafted(k, drawn) for k, drawn in asked]
-        for draft in drafts:
-            draft.see()
-        weights = self._config.data.loss_weights
-        return [
-            draft.document().weighed(weights.get(name, 1.0))
-            for draft, (_, (name, _)) in zip(drafts, asked, strict=True)
-        ]
+        return [self._drafted(k, *drawn) for k, drawn in asked]
 
-    def _drafted(self, k: int, drawn: Drawn) -> Draft:
-        name, index = drawn
+    def _drafted(self, k: int, name: str, index: int) -> Draft:
         # A counter of its own for every k; what Grain's `random_map` draws.
         rng = np.random.Generator(
             np.random.Philox(self._config.seed % 2**32, counter=[0, 0, 0, int(k)])
@@ -65,7 +58,8 @@ class Renderer:
         except BadExample as bad:
             key = f"{name}/{self._split}/{index}"
             return documents.rejected(key, name, bad.reason, self._config)
-        return documents.drafted(example, self._config, self._tokenizer, rng)
+        weight = self._config.data.loss_weights.get(name, 1.0)
+        return documents.drafted(example, self._config, self._tokenizer, rng, weight)
 
 
 class Group:
@@ -75,17 +69,17 @@ class Group:
       begin: begins to make them; what it returns waits for them.
     """
 
-    def __init__(self, begin: Callable[[Asked], Callable[[], list[Document]]]):
+    def __init__(self, begin: Callable[[Asked], Callable[[], Sequence[Draft]]]):
         self._begin, self._asked = begin, []
-        self._wait: Callable[[], list[Document]] | None = None
-        self._made: list[Document | None] | None = None
+        self._wait: Callable[[], Sequence[Draft]] | None = None
+        self._made: list[Draft | None] | None = None
 
     @property
     def begun(self) -> bool:
         """Whether it takes no more."""
         return self._wait is not None
 
-    def add(self, k: int, drawn: Drawn) -> Awaited:
+    def add(self, k: int, drawn: Drawn) -> Callable[[], Draft]:
         """One more; what is returned waits for it, once."""
         place = len(self._asked)
         self._asked.append((k, drawn))
@@ -93,13 +87,46 @@ class Group:
             self._wait = self._begin(self._asked)
         return lambda: self._take(place)
 
-    def _take(self, place: int) -> Document:
+    def _take(self, place: int) -> Draft:
         if self._wait is None:
             self._wait = self._begin(self._asked)
         if self._made is None:
-            self._made = self._wait()
+            self._made = list(self._wait())
         found, self._made[place] = self._made[place], None
         return found
+
+
+class Coming:
+    """A document that was asked for.
+
+    Args:
+      wait: gives its draft.
+      begin: begins to decode its pictures; what it returns waits for them.
+    """
+
+    def __init__(self, wait: Callable[[], Draft], begin: Callable[[Draft], Callable[[], Seen]]):
+        self._wait, self._begin = wait, begin
+        self._seen: Callable[[], Seen] | None = None
+
+    @functools.cached_property
+    def draft(self) -> Draft:
+        """What packing asks of it.
+
+        Raises:
+          PeerError: a worker process died or hangs.
+        """
+        return self._wait()
+
+    def begin(self) -> None:
+        """Begins to decode its pictures, where others do that beside whoever asks."""
+        self._seen = self._begin(self.draft)
+
+    def see(self) -> Seen:
+        """Its pictures, once."""
+        if self._seen is None:
+            self.begin()
+        seen, self._seen = self._seen, None  # a future would hold them
+        return seen()
 
 
 class Reader:
@@ -129,17 +156,18 @@ class Reader:
         elif config.data.threads:
             self._pool = concurrent.futures.ThreadPoolExecutor(config.data.threads, "vlm-read")
 
-    def ask(self, k: int, drawn: Drawn) -> Awaited:
-        """Begins to make document k; what is returned waits for it.
+    @property
+    def beside(self) -> bool:
+        """Whether `Coming.begin` leaves the work to others."""
+        return self._pool is not None and not self._processes
 
-        Raises:
-          PeerError: a worker process died or hangs (when waited for).
-        """
+    def ask(self, k: int, drawn: Drawn) -> Coming:
+        """Begins to make document k."""
         if self._group.begun:
             self._group = Group(self._begin)
-        return self._group.add(k, drawn)
+        return Coming(self._group.add(k, drawn), self._see)
 
-    def _begin(self, asked: Asked) -> Callable[[], list[Document]]:
+    def _begin(self, asked: Asked) -> Callable[[], Sequence[Draft]]:
         if self._pool is None:
             return lambda: self._render(asked)
         if not self._processes:
@@ -149,6 +177,9 @@ class Reader:
         except concurrent.futures.BrokenExecutor as error:
             raise _lost(error) from error
         return lambda: _waited(future)
+
+    def _see(self, draft: Draft) -> Callable[[], Seen]:
+        return self._pool.submit(draft.see).result if self.beside else draft.see
 
     def close(self) -> None:
         """Ends the threads or processes; what was begun is dropped."""
@@ -180,14 +211,14 @@ def _start(config: Config, split: str) -> None:
     _state["render"] = Renderer(config, split, open_all(config, split, mixing.names(config.data)))
 
 
-def _make(asked: Asked) -> list[Document]:
-    return _state["render"](asked)
+def _make(asked: Asked) -> list[Draft]:
+    return [draft.decoded() for draft in _state["render"](asked)]
 
 
 # ------------------------------------------------------------------------------------------------
 
 
-def _waited(future: concurrent.futures.Future) -> list[Document]:
+def _waited(future: concurrent.futures.Future) -> list[Draft]:
     try:
         return future.result(PATIENCE)
     except (concurrent.futures.BrokenExecutor, TimeoutError) as error:
