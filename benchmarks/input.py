@@ -3,6 +3,7 @@
     python -m benchmarks.input                  # images/s: 500 x 375 JPEGs to 384 x 384 pixels
     python -m benchmarks.input --memory=20000   # resident memory over so many samples
     python -m benchmarks.input --start=1000000  # seconds to the first batch from so many records
+    python -m benchmarks.input --pool=1024      # both of a packer that chooses from so many
 
 Speed: one process on one core, the sides in turns over the same captioned pictures; images per
 second of the process's CPU clock, medians over rounds. `bare` decodes and resizes by the functions
@@ -52,10 +53,11 @@ def bare(folder: Path) -> Iterator[int]:
         yield 1
 
 
-def ours(folder: Path) -> Iterator[int]:
+def ours(folder: Path, **data) -> Iterator[int]:
     """The training stream."""
-    with pipeline.train_stream(config(c.Corpus("shards", {"train": str(folder / "shards")}))) as s:
-        for batch, _ in s:
+    corpus = c.Corpus("shards", {"train": str(folder / "shards")})
+    with pipeline.train_stream(config(corpus, **data)) as stream:
+        for batch, _ in stream:
             yield int((batch.images.grids[..., 0] > 0).sum())
 
 
@@ -157,6 +159,20 @@ def memory(samples: int) -> None:
     print(f"from the first tenth to the end: {found[-1] - found[0]:+.1f} MB")
 
 
+def pool(documents: int) -> None:
+    """Prints seconds to the first batch that is chosen from so many, and memory after it."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        _write(folder, PICTURES)
+        next(ours(folder))  # what is imported late is imported before the clock starts
+        before, begun = _resident(), time.perf_counter()
+        stream = ours(folder, pool=documents)
+        next(stream)
+        seconds = time.perf_counter() - begun
+        print(f"{documents} documents: first batch after {seconds:.2f} s, ", end="")
+        print(f"{_resident() - before:+.1f} MB")
+
+
 def start(records: int) -> None:
     """Prints seconds from a config to its first batch."""
     with tempfile.TemporaryDirectory() as name:
@@ -165,9 +181,7 @@ def start(records: int) -> None:
         path = folder / "many.jsonl"
         with path.open("w") as file:
             file.writelines(_line(i % PICTURES) for i in range(records))
-        # What is imported late is imported before the clock starts.
-        with pipeline.train_stream(config(c.Corpus("shards", {"train": f"{folder}/shards"}))) as s:
-            next(s)
+        next(ours(folder))  # what is imported late is imported before the clock starts
         begun = time.perf_counter()
         with pipeline.train_stream(config(c.Corpus("messages", {"train": str(path)}))) as stream:
             opened = time.perf_counter()
@@ -184,12 +198,15 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3.0, help="of a side in a round")
     parser.add_argument("--memory", type=int, default=0, help="samples")
     parser.add_argument("--start", type=int, default=0, help="records")
+    parser.add_argument("--pool", type=int, default=0, help="documents")
     options = parser.parse_args()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
     if options.memory:
         memory(options.memory)
     elif options.start:
         start(options.start)
+    elif options.pool:
+        pool(options.pool)
     else:
         speed(options.rounds, options.seconds)
 
