@@ -140,6 +140,26 @@ def test_too_many_bad_samples_end_the_run(small, spoiled):
     assert DataError.exit_code == 65
 
 
+@pytest.mark.parametrize("threads", [0, 2])
+def test_a_corpus_that_fits_no_row_ends_the_run(small, spoiled, threads):
+    with pytest.raises(DataError, match=r"21 of the last 21 samples .*too_many_tokens"):
+        first(small(tokens=4, bad_samples=0.002, threads=threads), 1)
+
+
+def test_bad_samples_end_the_run_at_the_same_batch_whatever_the_threads(small, spoiled):
+    spoiled.update(dict.fromkeys(range(0, 23, 2), b""))
+    ends = []
+    for threads in (0, 2):
+        config = small(tokens=34, bad_samples=0.003, threads=threads)
+        with pipeline.train_stream(config) as stream:
+            batches = 0
+            with pytest.raises(DataError, match=r"allows 30 in 10000"):
+                for _ in stream:
+                    batches += 1
+        ends.append(batches)
+    assert ends[0] == ends[1] > 1
+
+
 def test_a_batch_with_nothing_to_learn_names_its_samples(small, spoiled):
     spoiled.update(dict.fromkeys(range(23), b""))
     config = small(mixture={"made:one": 1.0}, bad_samples=1.0, tokens=24, rows=1)

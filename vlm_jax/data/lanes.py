@@ -98,13 +98,13 @@ class Lane:
         self._bad.add(n)
 
     def settled(self, position: Position) -> Position:
-        """A position that it had, now with the bad documents before it.
+        """A position that it had or has, now with the bad documents before it."""
+        window = range(position.next - REJECT_WINDOW, position.next)
+        return position._replace(bad=tuple(sorted(n for n in self._bad if n in window)))
 
-        Call it in the order of positions: what is too old for one is forgotten.
-        """
-        first = position.next - REJECT_WINDOW
-        self._bad = {n for n in self._bad if n >= first}
-        return position._replace(bad=tuple(sorted(n for n in self._bad if n < position.next)))
+    def forget(self, position: Position) -> None:
+        """Drops bad documents that are too old for this position; no earlier one is asked for."""
+        self._bad = {n for n in self._bad if n >= position.next - REJECT_WINDOW}
 
     def _arrival(self) -> tuple[int, Coming]:
         while self._asked <= self._next + self._ahead:

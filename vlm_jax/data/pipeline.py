@@ -128,12 +128,17 @@ class TrainStream:
         reader = reading.Reader(self._config, self._split, self._opened)
         with contextlib.closing(reader):
             opened = self._lanes(reader)
-            chosen = collections.deque()
+            chosen, failed = collections.deque(), None
             # Where others decode, they go on with the next batch while one is put together.
             depth = 2 if reader.beside else 1
             while True:
-                while len(chosen) < depth:
-                    chosen.append(self._chosen(opened))
+                while len(chosen) < depth and failed is None:
+                    try:
+                        chosen.append(self._chosen(opened))
+                    except DataError as error:
+                        failed = error
+                if not chosen:
+                    raise failed
                 yield self._assembled(chosen.popleft(), opened)
 
     def _lanes(self, reader: reading.Reader) -> dict[int, Lane]:
@@ -150,29 +155,28 @@ class TrainStream:
         }
 
     def _chosen(self, opened: Mapping[int, Lane]) -> "_Chosen":
-        useless = []
+        useless: list[Document] = []
+
+        def note(document: Document) -> None:
+            useless.append(document)
+            self._check(opened, {n: lane.position for n, lane in opened.items()}, document)
+
         each = self._shape.rows // len(opened)
-        rows = [
-            (number, lane.row(useless.append))
-            for number, lane in opened.items()
-            for _ in range(each)
-        ]
-        return _Chosen(rows, useless, {number: lane.position for number, lane in opened.items()})
+        rows = [(n, lane.row(note)) for n, lane in opened.items() for _ in range(each)]
+        return _Chosen(rows, useless, {n: lane.position for n, lane in opened.items()})
+
+    def _check(
+        self, opened: Mapping[int, Lane], positions: Mapping[int, Position], bad: Document
+    ) -> None:
+        settled = [opened[n].settled(position) for n, position in positions.items()]
+        lanes.check_budget(settled, self._config.data.bad_samples, bad)
 
     def _assembled(
         self, chosen: "_Chosen", opened: Mapping[int, Lane]
     ) -> tuple[Batch, Info, dict[int, Position]]:
-        bad: list[Document] = []
-
-        def positions() -> dict[int, Position]:
-            return {number: opened[number].settled(at) for number, at in chosen.positions.items()}
-
-        def note(document: Document) -> None:
-            bad.append(document)
-            lanes.check_budget(positions().values(), self._config.data.bad_samples, document)
-
-        for document in chosen.useless:
-            note(document)
+        bad = list(chosen.useless)
+        if bad:  # which came when pictures of the batch before were not yet known to be bad
+            self._check(opened, chosen.positions, bad[-1])
         rows = [[coming.draft.words for _, coming in row] for _, row in chosen.rows]
         batch, places = packing.begun(rows, self._shape)
         every = ((number, n, coming) for number, row in chosen.rows for n, coming in row)
@@ -183,8 +187,12 @@ class TrainStream:
             if seen.rejects:
                 packing.unlearn(batch, place)
                 opened[number].spoiled(n)
-                note(coming.draft.words.unlearned(seen.rejects))
-        batch, at = packing.finished(batch), positions()
+                bad.append(coming.draft.words.unlearned(seen.rejects))
+                self._check(opened, chosen.positions, bad[-1])
+        batch = packing.finished(batch)
+        at = {n: opened[n].settled(position) for n, position in chosen.positions.items()}
+        for n, position in at.items():
+            opened[n].forget(position)
         info = self._info(rows, bad, at)
         _require_supervision(batch, info)
         return batch, info, at
