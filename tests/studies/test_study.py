@@ -1,9 +1,13 @@
 """A study: which cells are run, what is left alone, and the table."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 
 import pytest
 
@@ -92,6 +96,21 @@ def test_a_study_runs_once_and_gives_its_table(study, tmp_path):
 def test_a_cell_is_told_once_of_a_signal_that_its_terminal_knows_of_too():
     waits = "import os, sys; sys.exit(os.getsid(0) != os.getpid())"
     assert cells._call((sys.executable, "-c", waits)) == 0
+
+
+def test_a_second_signal_that_kills_a_cell_stops_the_study_too(tmp_path):
+    begun = tmp_path / "begun"
+    cell = f"import pathlib, time; pathlib.Path({str(begun)!r}).touch(); time.sleep(60)"
+
+    def kill():
+        while not begun.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)  # no handler there: it dies of it
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    assert cells._call((sys.executable, "-c", cell)) == Interrupted.exit_code
+    killer.join()
 
 
 def test_a_table_of_no_cells_is_written_where_nothing_is_yet(study, tmp_path):

@@ -105,12 +105,22 @@ class _Failed(VlmError):
 
 
 def _call(command: Sequence[str]) -> int:
-    """The exit code of a process that is told whatever signal asks this one to stop."""
+    """The exit code of a process that is told whatever signal asks this one to stop.
+
+    It is Interrupted's then, however the process ended: a second signal kills it as it saves.
+    """
+    asked = []
+
+    def tell(number: int, _) -> None:
+        asked.append(number)
+        process.send_signal(number)
+
     # A session of its own: else Ctrl-C reaches it from the terminal too, and a second one kills.
     with subprocess.Popen(command, start_new_session=True) as process:
-        before = {n: signal.signal(n, lambda n, _: process.send_signal(n)) for n in SIGNALS}
+        before = {number: signal.signal(number, tell) for number in SIGNALS}
         try:
-            return process.wait()
+            code = process.wait()
+            return Interrupted.exit_code if asked else code
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
