@@ -274,7 +274,7 @@ def _too_long(rendered: Rendered, texts: list[list[int]], config: Config) -> str
 
 
 def _too_many_patches(sizes: Sequence[Size], config: Config) -> str:
-    """Whether the pictures do not fit into a row, as the first encoder sees them."""
+    """The reason, where the pictures do not fit into a row as the first encoder sees them."""
     room = config.data.patches_per_row
     too_many = room > 0 and images.patches_of(sizes, config.model.encoder.patch) > room
     return "too_many_patches" if too_many else ""

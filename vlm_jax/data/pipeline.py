@@ -14,20 +14,15 @@ from typing import Any, NamedTuple
 
 from vlm_jax.batch import Batch
 from vlm_jax.config import Config
-from vlm_jax.data import formats, lanes, mixing, order, packing, reading, sources
+from vlm_jax.data import fingerprint, lanes, mixing, packing, reading
 from vlm_jax.data import tokenizer as tokenizers
 from vlm_jax.data.documents import Document
 from vlm_jax.data.lanes import Lane, Position
 from vlm_jax.data.packing import Info
 from vlm_jax.data.reading import Coming
-from vlm_jax.data.tokenizer import Tokenizer
 from vlm_jax.errors import ConfigError, DataError
-from vlm_jax.presets.resizing import SQUASH
-from vlm_jax.schema import plain
 
 PREFETCH = 2  # batches made ahead of the trainer
-
-_VERSION = 2  # of the state; raise it when the same state would lead to other batches
 
 
 def train_stream(
@@ -68,7 +63,7 @@ class TrainStream:
         self._shape = packing.shape_of(config, self._tokenizer.pad, rows=rows)
         self._opened = reading.open_all(config, split, mixing.names(config.data))
         self._mixture = mixing.Mixture(config, self._opened)
-        self._fingerprint = _fingerprint(config, split, self._opened, self._tokenizer)
+        self._fingerprint = fingerprint.of(config, split, self._opened, self._tokenizer)
         share = config.data.lanes // hosts
         self._positions = {lane: Position() for lane in range(host * share, (host + 1) * share)}
         self._batches = None
@@ -101,7 +96,7 @@ class TrainStream:
         Raises:
           ConfigError: it belongs to another stream, naming what differs, or lacks lanes.
         """
-        _require_same(state["fingerprint"], self._fingerprint)
+        fingerprint.require_same(state["fingerprint"], self._fingerprint)
         missing = [lane for lane in self._positions if str(lane) not in state["lanes"]]
         if missing:
             raise ConfigError(
@@ -236,17 +231,8 @@ def merged(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """
     first, *others = states
     for other in others:
-        _require_same(first["fingerprint"], other["fingerprint"])
+        fingerprint.require_same(first["fingerprint"], other["fingerprint"])
     return {**first, "lanes": {n: p for state in states for n, p in state["lanes"].items()}}
-
-
-def _require_same(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    for name in {**new, **old}:
-        if old.get(name) != new.get(name):
-            raise ConfigError(
-                f"the saved position of the data has {name} {old.get(name)!r}, this config "
-                f"{new.get(name)!r}: go on with the old value, or start in another workdir"
-            )
 
 
 class _Prefetched:
@@ -287,67 +273,6 @@ class _Prefetched:
     def close(self) -> None:
         self._stop.set()
         self._thread.join()
-
-
-def _fingerprint(
-    config: Config, split: str, opened: Mapping[str, sources.Source], tokenizer: Tokenizer
-) -> dict[str, Any]:
-    """All that decides which documents come in which order, as plain JSON."""
-    data = config.data
-    return {
-        "version": _VERSION,
-        "seed": config.seed,
-        "split": split,
-        "mixture": {name: weight for name, weight in data.mixture.items() if weight > 0},
-        "schedule": [plain(stage) for stage in data.schedule],
-        "size_power": data.size_power,
-        "caps": dict(data.caps),
-        "loss_weights": dict(data.loss_weights),
-        "examples": {name: len(source) for name, source in opened.items()},
-        "tokenizer": tokenizer.fingerprint,
-        "template": data.template,
-        "attention": data.attention,
-        "images": data.images,
-        "rows": data.rows,
-        "tokens": data.tokens,
-        "overlong": data.overlong,
-        "images_per_row": data.images_per_row,
-        **({"patches_per_row": data.patches_per_row} if data.patches_per_row else {}),
-        "visual_tokens": config.model.image_positions,
-        **_sizes(config),
-        **_instructions(config),
-        "packer": packing.VERSION,
-        "pool": data.pool,
-        "lanes": data.lanes,
-        "views": data.views,
-        **order.fingerprint(opened, data.views),
-        **_corpora(opened),
-    }
-
-
-def _corpora(opened: Mapping[str, sources.Source]) -> dict[str, Any]:
-    """Of the files of the user's own corpora; nothing where there are none."""
-    found = {n: s.fingerprint for n, s in opened.items() if isinstance(s, formats.CorpusSource)}
-    return {"corpora": found} if found else {}
-
-
-def _instructions(config: Config) -> dict[str, Any]:
-    """Of what the connector reads; nothing where it reads none."""
-    if not config.model.instructed:
-        return {}
-    reader = tokenizers.for_instructions(config)
-    return {"instructions": [reader.fingerprint, config.data.text_tokens]}
-
-
-def _sizes(config: Config) -> dict[str, Any]:
-    """Of the images of all encoders; with one alone as positions were saved at first."""
-    # Lists, as JSON gives them back.
-    size = config.model.encoder.image_size
-    found = {"image_size": size if isinstance(size, int) else list(size)}
-    extra = [list(encoder.size) for encoder in config.model.extra_encoders]
-    resize = [encoder.resize for encoder in config.model.encoders]
-    others = {"resize": list(map(repr, resize))} if any(how != SQUASH for how in resize) else {}
-    return found | ({"extra_image_sizes": extra} if extra else {}) | others
 
 
 def _require_supervision(batch: Batch, info: Info) -> None:
