@@ -5,10 +5,11 @@ hidden under transparent pixels never bleeds into edges. Pictures without any ar
 """
 
 import copy
+import functools
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float, Shaped, UInt8
+from jaxtyping import Float, Int, Shaped, UInt8
 from PIL import Image
 
 from vlm_jax.config import Augment
@@ -126,9 +127,16 @@ def normalised(view: View, encoder: Encoder) -> Float[np.ndarray, "h w 3"]:
 def put_patches(view: View, patch: int, out: Shaped[np.ndarray, "P patch_dim"]) -> None:
     """Writes a view's patches as `patchify` orders them: without any copy between."""
     rows, columns = grid_of(view, patch)
-    line = np.dtype((np.void, patch * 3 * view.itemsize))  # of a patch: copied as one
-    lines = view.reshape(rows, patch, -1).view(line)
-    out.view(line).reshape(rows, columns, patch)[...] = lines.swapaxes(1, 2)
+    lines = rows, patch * columns, patch * 3  # of pixels in a patch: copied as one
+    order = _lines(patch, columns)
+    # With "raise", NumPy would write elsewhere first; all indices are in range.
+    np.take(view.reshape(lines), order, axis=1, out=out.reshape(lines), mode="clip")
+
+
+@functools.lru_cache(maxsize=1024)
+def _lines(patch: int, columns: int) -> Int[np.ndarray, " N"]:
+    """Where in a row of patches, line by line as a picture has them, those of each patch are."""
+    return np.arange(patch * columns).reshape(patch, columns).T.reshape(-1)
 
 
 def _premultiplied(picture: Picture) -> Image.Image:

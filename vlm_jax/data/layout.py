@@ -75,18 +75,25 @@ def layout(plan: Plan, model: Model) -> Layout:
     return Layout(tuple(stretches), count, per_image)
 
 
+class Alike(NamedTuple):
+    """All pictures, where how they stand in the sequence does not depend on their size.
+
+    Attributes:
+      layout: of each.
+      sizes: of the images that each is, as the first encoder sees them.
+    """
+
+    layout: Layout
+    sizes: tuple[Size, ...]
+
+
 @functools.cache
-def alike(model: Model) -> Layout | None:
-    """How all pictures stand in the sequence, where that does not depend on their size."""
+def alike(model: Model) -> Alike | None:
+    """How all pictures stand in the sequence; None = that depends on their size."""
     if not all(encoder.resize.fixed for encoder in model.encoders):
         return None
-    return layout(resizing.plan(model.encoder.size, model.encoder), model)
-
-
-@functools.cache
-def sizes_alike(model: Model) -> tuple[Size, ...]:
-    """Of the images of any picture, where `alike` says how it stands."""
-    return tuple(resizing.plan(model.encoder.size, model.encoder).sizes)
+    plan = resizing.plan(model.encoder.size, model.encoder)
+    return Alike(layout(plan, model), tuple(plan.sizes))
 
 
 def joins_tiles(model: Model) -> bool:

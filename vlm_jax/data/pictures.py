@@ -39,7 +39,9 @@ class Pictures:
 
     def layout(self, index: int) -> Layout:
         """How the picture stands in the sequence; one that cannot be used has a place too."""
-        return self._alike or layout.layout(self._plan(index).plans[0], self.config.model)
+        if self._alike:
+            return self._alike.layout
+        return layout.layout(self._plan(index).plans[0], self.config.model)
 
     def shown(self, rendered: Rendered) -> tuple[int, ...]:
         """Which pictures are shown, in reading order; one may be shown again."""
@@ -52,7 +54,7 @@ class Pictures:
     def sizes(self, shown: Sequence[int]) -> tuple[Size, ...]:
         """Of all images of the pictures that are shown, as the first encoder will see them."""
         if self._alike:  # nothing is planned: what is drawn for a picture is drawn when it is seen
-            return layout.sizes_alike(self.config.model) * len(shown)
+            return self._alike.sizes * len(shown)
         return tuple(size for index in shown for size in self._plan(index).plans[0].sizes)
 
     def see(self, index: int) -> tuple[Views, ...]:

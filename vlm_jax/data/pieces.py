@@ -115,7 +115,8 @@ class Made:
         for start, before, view in self.views:
             stretch, here = view.stretch, slice(start, start + len(view.stretch.visual))
             visual[here] = stretch.visual
-            visual[here][stretch.visual >= 0] += before * view.layout.visual_tokens
+            if before:
+                visual[here][stretch.visual >= 0] += before * view.layout.visual_tokens
             image[here] = stretch.image + before
         return Rendered(
             tokens=np.array(self.tokens, np.int32),
