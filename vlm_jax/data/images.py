@@ -124,19 +124,24 @@ def normalised(view: View, encoder: Encoder) -> Float[np.ndarray, "h w 3"]:
     return rgb.reshape(height, width, 3)
 
 
+_COPIED = 16  # bytes that `numpy.take` copies without a call
+
+
 def put_patches(view: View, patch: int, out: Shaped[np.ndarray, "P patch_dim"]) -> None:
     """Writes a view's patches as `patchify` orders them: without any copy between."""
     rows, columns = grid_of(view, patch)
-    lines = rows, patch * columns, patch * 3  # of pixels in a patch: copied as one
-    order = _lines(patch, columns)
+    line = patch * 3 * view.itemsize  # bytes of a patch that lie together
+    unit = np.dtype((np.void, line if line % _COPIED else _COPIED))
+    order = _order(patch, columns, line // unit.itemsize)
+    found, places = (each.reshape(rows, -1).view(unit) for each in (view, out))
     # With "raise", NumPy would write elsewhere first; all indices are in range.
-    np.take(view.reshape(lines), order, axis=1, out=out.reshape(lines), mode="clip")
+    np.take(found, order, axis=1, out=places, mode="clip")
 
 
 @functools.lru_cache(maxsize=1024)
-def _lines(patch: int, columns: int) -> Int[np.ndarray, " N"]:
-    """Where in a row of patches, line by line as a picture has them, those of each patch are."""
-    return np.arange(patch * columns).reshape(patch, columns).T.reshape(-1)
+def _order(patch: int, columns: int, units: int) -> Int[np.ndarray, " N"]:
+    """Where in a row of patches, which lies line by line, those of each patch are, in turn."""
+    return np.arange(patch * columns * units).reshape(patch, columns, units).swapaxes(0, 1).ravel()
 
 
 def _premultiplied(picture: Picture) -> Image.Image:
