@@ -12,6 +12,7 @@ import time
 import pytest
 
 from vlm_jax.errors import ConfigError, Interrupted, VlmError
+from vlm_jax.parallel import devices
 from vlm_jax.studies import cells, table
 
 STUDY = textwrap.dedent("""
