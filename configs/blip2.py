@@ -2,7 +2,9 @@
 
 Variants: `opt-2.7b` or `opt-6.7b`, the second, generative stage; with `coco` the captioning of COCO
 that follows, in which the encoder trains too; `stage1`, the first, in which the Q-Former learns to
-see without a decoder. The second starts from it with
+see without a decoder. It begins as BERT:
+`init=(..., c.Init("bert-base-uncased", "connector"), c.Init("bert-base-uncased", "text"))`, folders
+as transformers writes them. The second stage starts from it with
 `init=(..., c.Init("runs/blip2-stage1", "connector"))`. FlanT5, an encoder and decoder, is left out.
 
 The authors' data, 129M pictures: COCO, Visual Genome, CC3M, CC12M, SBU and 115M of LAION-400M with

@@ -421,8 +421,9 @@ class Init:
     Attributes:
       folder: what `python -m vlm_jax.convert import` wrote; or the folder of a run, of which the
         newest checkpoint is read, of one in stages that of the last which has ended; or an adapter
-        in PEFT's format, for the part that an entry above it names. An encoder's learned positions
-        are resized where its grid is another one.
+        in PEFT's format, for the part that an entry above it names; or a BERT of transformers, for
+        a Q-Former as "connector" and the head by which it generates as "text", where the rest is
+        drawn. An encoder's learned positions are resized where its grid is another one.
       part: which parameters: "encoder", "connector", "decoder", "extra_encoders/0"; "" = all.
       source: what the part is called in that folder, if otherwise.
     """

@@ -1,7 +1,8 @@
 """Where a new run's parameters come from: folders of imported weights and of runs, part by part.
 
 A folder of PEFT gives its adapters, and what was trained beside them, to the part that an entry
-above it has filled. A table of learned positions is brought to the grid of the model that reads it.
+above it has filled; one of BERT gives a Q-Former what it begins by (`weights.bert`). A table of
+learned positions is brought to the grid of the model that reads it.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ from vlm_jax.models import adapters, grids, params
 from vlm_jax.parallel import sharding
 from vlm_jax.presets.encoders import Encoder
 from vlm_jax.training import adaptation
-from vlm_jax.weights import peft, store
+from vlm_jax.weights import bert, peft, store
 
 # What a system adds: rows of a published decoder's vocabulary and gated blocks between its layers;
 # what a Q-Former of the first stage speaks to a decoder by. Drawn where the folder has none.
@@ -39,11 +40,13 @@ class Source:
       model: its presets.
       shapes: shape and dtype of its leaves by path; a run's adapters are merged.
       read: gives the leaves that it is told places of.
+      partial: whether what it lacks of a part is drawn.
     """
 
     model: Model
     shapes: Mapping[str, jax.ShapeDtypeStruct]
     read: Callable[[Places], dict[str, Array]]
+    partial: bool = False
 
 
 def shapes(
@@ -160,15 +163,19 @@ def _sources(
         paths = [path for path in wanted if path.startswith(prefix)]
         if not paths:
             raise ConfigError(f"config.init: the model has no part {init.part!r}")
-        found = planned.get(init.folder) or _opened(_folder(init))
+        found = planned.get(init.folder) or _opened(_folder(init), config)
         pairs = {path: source + path.removeprefix(prefix) for path in paths}
-        new = _additions(pairs, found.shapes)
+        new = _drawn(pairs, found)
+        if found.partial and len(new) == len(paths):
+            raise ConfigError(f"config.init: {init.folder} has nothing of {init.part!r}")
         yield init, found, {path: theirs for path, theirs in pairs.items() if path not in new}
 
 
-def _additions(pairs: Mapping[str, str], there: Mapping[str, object]) -> set[str]:
-    """The paths of the additions of which a folder has nothing."""
-    found = set()
+def _drawn(pairs: Mapping[str, str], source: Source) -> set[str]:
+    """The paths of what a source need not have: additions of which it has nothing."""
+    found, there = set(), source.shapes
+    if source.partial:
+        return {path for path, theirs in pairs.items() if theirs not in there}
     for pattern in ADDITIONS:
         paths = {path for path in pairs if pattern.fullmatch(path)}
         found |= paths if not any(pairs[path] in there for path in paths) else set()
@@ -223,11 +230,14 @@ def _refuse_others(config: Config, init: Init, leaves: Mapping[str, np.ndarray])
             )
 
 
-def _opened(folder: Path) -> Source:
-    """An imported model, or what a run's newest checkpoint holds."""
+def _opened(folder: Path, config: Config) -> Source:
+    """An imported model, what a run's newest checkpoint holds, or a BERT for its Q-Former."""
     # Here and not above: checkpoints are of states, which start from this module.
     from vlm_jax.training import checkpoints, stages
 
+    if bert.is_folder(folder):
+        source = bert.Bert(folder, config.model, config.seed)
+        return Source(config.model, source.shapes, functools.partial(_put, source), partial=True)
     run = stages.latest(folder)
     if store.is_model(folder) or not (run / checkpoints.FOLDER).is_dir():
         stored = store.open_model(folder)
@@ -238,6 +248,13 @@ def _opened(folder: Path) -> Source:
     return of_run(
         config.model, leaves, lambda places: checkpoints.load_params(run, None, places)[1]
     )
+
+
+def _put(source: bert.Bert, places: Places) -> dict[str, Array]:
+    return {
+        path: jax.make_array_from_callback(leaf.shape, places[path], leaf.__getitem__)
+        for path, leaf in source.read(places).items()
+    }
 
 
 def of_run(
