@@ -2,10 +2,11 @@
 
 Variants: `opt-2.7b` or `opt-6.7b`, the second, generative stage; with `coco` the captioning of COCO
 that follows, in which the encoder trains too; `stage1`, the first, in which the Q-Former learns to
-see without a decoder. It begins as BERT:
-`init=(..., c.Init("bert-base-uncased", "connector"), c.Init("bert-base-uncased", "text"))`, folders
-as transformers writes them. The second stage starts from it with
-`init=(..., c.Init("runs/blip2-stage1", "connector"))`. FlanT5, an encoder and decoder, is left out.
+see without a decoder; with `stages` it and the second in one run. The first begins as BERT, whose
+folder is as transformers writes it, and the second needs a decoder:
+`init=(..., c.Init("bert-base-uncased", "connector"), c.Init("bert-base-uncased", "text"))`, and
+`init=(c.Init("models/opt", "decoder"),)` among the changes of `stage2`. Alone, the second
+starts from `c.Init("runs/blip2-stage1", "connector")`. FlanT5, an encoder and decoder, is left out.
 
 The authors' data, 129M pictures: COCO, Visual Genome, CC3M, CC12M, SBU and 115M of LAION-400M with
 captions by CapFilt (unverified). Their captions are in lower case, without punctuation, at most 50
@@ -20,7 +21,7 @@ from vlm_jax.presets import matching, qformer
 from vlm_jax.presets.decoders import decoder
 from vlm_jax.presets.encoder_sizes import published
 
-WORDS = (("opt-2.7b", "opt-6.7b"), ("", "coco"))
+WORDS = (("opt-2.7b", "opt-6.7b"), ("", "coco", "stages"))
 FIRST = "stage1"
 # The norm of the encoder's features trains with the Q-Former (LAVIS: ln_vision).
 BELOW_NORM = r"encoder/(?!norm/).*"
@@ -28,7 +29,7 @@ BELOW_NORM = r"encoder/(?!norm/).*"
 
 @local.variant
 def get_config(variant: str = ""):
-    """One of the stages, by default the second.
+    """One of the stages, by default the second, or the first two in one run.
 
     Raises:
       ValueError: the variant is not known.
@@ -36,6 +37,8 @@ def get_config(variant: str = ""):
     if variant == FIRST:
         return _first()
     size, stage = common.words("blip2", variant, *WORDS)
+    if stage == "stages":
+        return common.walk(get_config, f"blip2-{size}", stage1=FIRST, stage2=size)
     config = common.system(
         f"blip2-{size}",
         c.Model(published("blip2-g14"), qformer.BLIP2, decoder(size)),
