@@ -120,6 +120,8 @@ def test_what_is_no_such_bert_is_refused(tmp_path):
     for reader in (small, dataclasses.replace(READER, vocab=0)):
         with pytest.raises(ConfigError, match=f"reads its {VOCAB} tokens"):
             loaded(config(folder, c.Model(ENCODER, reader), ("connector",)))
+    with pytest.raises(ConfigError, match="reads its '37' tokens"):
+        loaded(config(written(tmp_path / "text", given, vocab_size="37")))
     with pytest.raises(ConfigError, match="of width 48; the model's Q-Former has 24"):
         loaded(config(written(tmp_path / "wide", given, hidden_size=48)))
     with pytest.raises(DataError, match="has shape"):

@@ -132,10 +132,10 @@ def _check(path: Path, folder: files.Folder, preset: object) -> int:
     """That a Q-Former has BERT's sizes; returns BERT's own vocabulary."""
     hf = folder.config
     vocab = hf.get("vocab_size", 30_522)
-    if not isinstance(preset, QFormer) or preset.vocab < vocab:
+    if type(vocab) is not int or not isinstance(preset, QFormer) or preset.vocab < vocab:
         raise ConfigError(
             f"config.init: {path} is a BERT; expected a model with a Q-Former that reads its "
-            f"{vocab} tokens"
+            f"{vocab!r} tokens"
         )
     sizes = blip_2_qformer.sizes({"qformer_config": hf, "num_query_tokens": preset.queries})
     sizes |= {"every": preset.every, "positions": hf.get("max_position_embeddings", 512)}
