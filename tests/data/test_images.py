@@ -173,3 +173,12 @@ def test_patches_come_in_reading_order_as_row_column_channel():
     patches = images.patchify(pixels, 4)
     assert patches.shape == (6, 48)
     np.testing.assert_array_equal(patches[4], pixels[4:8, 4:8].ravel())
+
+
+# Lines of 42, 48, 168 and 192 bytes: copied whole, or in several units of 16 bytes.
+@pytest.mark.parametrize(("patch", "dtype"), [(14, "u1"), (16, "u1"), (14, "f4"), (16, "f4")])
+def test_patches_are_put_where_patchify_has_them(patch, dtype):
+    pixels = np.random.default_rng(0).integers(0, 256, (2 * patch, 3 * patch, 3)).astype(dtype)
+    out = np.zeros((6, patch * patch * 3), dtype)
+    images.put_patches(pixels, patch, out)
+    np.testing.assert_array_equal(out, images.patchify(pixels, patch))

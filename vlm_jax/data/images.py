@@ -128,7 +128,7 @@ _COPIED = 16  # bytes that `numpy.take` copies without a call
 
 
 def put_patches(view: View, patch: int, out: Shaped[np.ndarray, "P patch_dim"]) -> None:
-    """Writes a view's patches as `patchify` orders them: without any copy between."""
+    """Writes a view's patches as `patchify` orders them into `out`, which lies in one piece."""
     rows, columns = grid_of(view, patch)
     line = patch * 3 * view.itemsize  # bytes of a patch that lie together
     unit = np.dtype((np.void, line if line % _COPIED else _COPIED))

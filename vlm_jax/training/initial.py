@@ -172,7 +172,8 @@ def _sources(
 
 
 def _drawn(pairs: Mapping[str, str], source: Source) -> set[str]:
-    """The paths of what a source need not have: additions of which it has nothing."""
+    """The paths of what a source need not have: whatever a partial one lacks, else additions of
+    which it has nothing."""
     found, there = set(), source.shapes
     if source.partial:
         return {path for path, theirs in pairs.items() if theirs not in there}
